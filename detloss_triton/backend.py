@@ -1,0 +1,185 @@
+"""Which backend runs: the only file that asks about devices, Triton or the environment.
+
+`DETLOSS_BACKEND=auto|triton|torch` is read once, at import. `auto` takes Triton for tensors on a GPU
+where Triton imports, and torch for all else. An explicit `triton` that cannot be honoured raises.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "triton", "torch"]
+
+# CUDA and ROCm tensors both call themselves "cuda".
+_GPU_TYPES = ("cuda", "xpu")
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+try:
+    from . import kernels
+
+    _no_triton = ""
+except ImportError as error:
+    kernels = None  # type: ignore[assignment]
+    _no_triton = f"Triton cannot be imported ({error})"
+
+
+def _checked(name: str, source: str) -> Backend:
+    if name not in get_args(Backend):
+        raise ValueError(f"{source} must be one of {', '.join(get_args(Backend))}, got {name!r}")
+    return name  # type: ignore[return-value]
+
+
+_requested: Backend = _checked(os.environ.get("DETLOSS_BACKEND", "auto"), "DETLOSS_BACKEND")
+
+
+class use_backend(AbstractContextManager["use_backend"]):
+    """Choose the backend of every loss from here on; as a context manager, until its end.
+
+    Args:
+        name: "auto", "triton" or "torch".
+
+    Raises:
+        ValueError: for any other name. Whether "triton" can be honoured depends on the tensors, so
+            that is checked, and refused with the reason, when a loss is computed.
+    """
+
+    def __init__(self, name: Backend) -> None:
+        global _requested
+        self._previous = _requested
+        _requested = _checked(name, "backend")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _requested
+        _requested = self._previous
+
+
+def why_not_triton(device: torch.device, dtypes: Sequence[torch.dtype] = ()) -> str:
+    """The reason why Triton kernels cannot run on such tensors; empty if they can."""
+    if _no_triton:
+        return _no_triton
+    if _launches is not None:
+        return ""
+    if device.type == "cpu" and not _INTERPRETED:
+        return "the tensors are on the CPU and TRITON_INTERPRET=1 was not set before the import"
+    if device.type != "cpu" and device.type not in _GPU_TYPES:
+        return f"Triton has no backend for device type {device.type!r}"
+    for dtype in dtypes:
+        if dtype not in _TRITON_DTYPES:
+            return f"the kernels compute in float32 and would lose the precision of {dtype}"
+    return ""
+
+
+def choose(device: torch.device, dtypes: Sequence[torch.dtype] = ()) -> Literal["triton", "torch"]:
+    """The backend for tensors on `device`; `dtypes` are those of the differentiable inputs.
+
+    Raises:
+        RuntimeError: if "triton" was asked for by name and cannot run; it says why.
+    """
+    if _requested == "torch":
+        return "torch"
+    if _requested == "auto" and device.type == "cpu":
+        return "torch"
+    reason = why_not_triton(device, dtypes)
+    if not reason:
+        return "triton"
+    if _requested == "triton":
+        raise RuntimeError(f"backend 'triton' was requested but cannot run: {reason}")
+    return "torch"
+
+
+def is_cached_by_cpu(device: torch.device) -> bool:
+    """Whether temporaries live in CPU caches, so that evaluation in blocks of rows pays."""
+    return device.type == "cpu"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded kernel launch: all that ahead-of-time compilation needs."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+
+_launches: list[Launch] | None = None
+
+
+@contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """Collect launches instead of running them, on any device: results are left uninitialised."""
+    global _launches, _requested
+    before = _launches, _requested
+    _launches, _requested = [], "triton"
+    try:
+        yield _launches
+    finally:
+        _launches, _requested = before
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments: Any) -> None:
+    """Run `kernel` over `grid` on the tensors' own device, which need not be the current one."""
+    if _launches is not None:
+        _launches.append(Launch(kernel, grid, arguments))
+        return
+    with _on(device):
+        kernel[grid](**arguments)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    # Inductor guards the device itself, and this module lookup would break the graph.
+    if device.type == "cpu" or torch.compiler.is_compiling():
+        return nullcontext()
+    module = torch.get_device_module(device)
+    if module.current_device() == device.index:
+        return nullcontext()
+    return module.device(device)
+
+
+def describe() -> list[tuple[str, str]]:
+    """(label, value) rows: versions, devices, and which backend would run on each and why."""
+    from . import __version__
+
+    rows = [
+        ("detloss_triton", __version__),
+        ("python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("triton", _no_triton or kernels.triton_version),
+        ("requested backend", _requested + (" (interpreted kernels)" if _INTERPRETED else "")),
+    ]
+    devices = [torch.device("cpu")]
+    for kind in _GPU_TYPES:
+        module = getattr(torch, kind, None)
+        if module is not None and module.is_available():
+            devices += [torch.device(kind, i) for i in range(module.device_count())]
+    for device in devices:
+        name = "CPU" if device.type == "cpu" else _device_name(device)
+        reason = why_not_triton(device)
+        try:
+            verdict = choose(device)
+        except RuntimeError:
+            verdict = "torch"
+            reason = f"refused: {reason}"
+        if verdict == "torch" and not reason:
+            reason = "requested" if _requested == "torch" else "auto keeps CPU tensors on torch"
+        rows.append((f"{device} ({name})", f"{verdict}: {reason or 'Triton can run here'}"))
+    return rows
+
+
+def _device_name(device: torch.device) -> str:
+    lookup: Callable[[torch.device], str] = torch.get_device_module(device).get_device_name
+    return lookup(device)

@@ -1,0 +1,221 @@
+"""The command line: `detloss info`, `detloss check` and `detloss train`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from . import backend
+from .demo.detectors import RECIPES
+from .demo.samples import InputError
+
+EXIT_FAILED_CHECK, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+# The modules of the extra `demo`; only `train` needs them.
+DEMO_MODULES = ("matplotlib", "PIL", "pycocotools", "tqdm")
+COARSEST_STRIDE = 32
+LARGEST_SEED = 2**63 - 1
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument in one line, without the usage in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return 0, or 1 for a failed check, 2 for bad input, 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    name = f"detloss {options.command}"
+    try:
+        code: int = options.run(options)
+    except InputError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="detloss", description="Training losses of object detectors in PyTorch.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    info = commands.add_parser(
+        "info", help="versions, devices, and which backend would run and why"
+    )
+    info.set_defaults(run=_info)
+
+    check = commands.add_parser("check", help="compare every op with its reference, here")
+    check.set_defaults(run=_check)
+
+    train = commands.add_parser(
+        "train",
+        help="train a small detector and draw how it went",
+        description="Train a small detector on shapes drawn on the fly, or on images in COCO "
+        "format; write loss.png, predictions.png and metrics.json.",
+    )
+    train.set_defaults(run=_train)
+    add = train.add_argument
+    add("--images", type=Path, metavar="DIR", help="train on the images in this directory")
+    add("--annotations", type=Path, metavar="JSON", help="their boxes, in COCO format")
+    add("--criterion", choices=sorted(RECIPES), default="yolov9", help="default: %(default)s")
+    add("--steps", type=_positive, metavar="N", help=f"batches to train on; {_default_steps()}")
+    add("--batch-size", type=_positive, default=16, metavar="N", help="default: %(default)s")
+    add(
+        "--image-size",
+        type=_image_size,
+        default=160,
+        metavar="N",
+        help="side in pixels of the square that images are scaled to; default: %(default)s",
+    )
+    add("--seed", type=_seed, default=0, metavar="N", help="default: %(default)s")
+    add("--output", type=Path, metavar="DIR", help="where to write; default: runs/<time>")
+    for command in (check, train):
+        command.add_argument(
+            "--device", type=_device, help="default: an accelerator if there is one, else cpu"
+        )
+        command.add_argument(
+            "--backend",
+            choices=("auto", "triton", "torch"),
+            help="default: the environment's DETLOSS_BACKEND, else auto",
+        )
+    return parser
+
+
+def _info(options: argparse.Namespace) -> int:
+    rows = backend.describe()
+    width = max(len(label) for label, _ in rows)
+    for label, value in rows:
+        print(f"{label:<{width}}  {value}")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from . import selfcheck
+
+    device = options.device or _default_device()
+    with _backend(options.backend):
+        _chosen_backend(device)
+        rows = selfcheck.check(device)
+    header = ("op", "backend", "dtype", "max error", "tolerance", "")
+    table = [header] + [
+        (op, ran, str(dtype).removeprefix("torch."), f"{error:.1e}", f"{allowed:.1e}", verdict)
+        for op, ran, dtype, error, allowed, ok in rows
+        for verdict in ("ok" if ok else "FAILED",)
+    ]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+    failed = sum(not row[-1] for row in rows)
+    print(f"{len(rows)} checks on {device}, {failed} failed")
+    return EXIT_FAILED_CHECK if failed else 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    try:
+        from .demo.train import Settings, train
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in DEMO_MODULES:
+            raise
+        raise InputError(
+            f'{error.name} is not installed: pip install "detloss_triton[demo]"'
+        ) from None
+    if (options.images is None) != (options.annotations is None):
+        given, missing = "--images", "--annotations"
+        if options.images is None:
+            given, missing = missing, given
+        raise InputError(f"{given} also needs {missing}: expected both or neither")
+    device = options.device or _default_device()
+    with _backend(options.backend):
+        train(
+            Settings(
+                criterion=options.criterion,
+                steps=options.steps or RECIPES[options.criterion].steps,
+                batch_size=options.batch_size,
+                image_size=options.image_size,
+                seed=options.seed,
+                backend=_chosen_backend(device),
+                device=device,
+                output=options.output or Path("runs", time.strftime("%Y%m%d-%H%M%S")),
+                images=options.images,
+                annotations=options.annotations,
+            )
+        )
+    return 0
+
+
+def _backend(name: Any) -> AbstractContextManager[object]:
+    return nullcontext() if name is None else backend.use_backend(name)
+
+
+def _chosen_backend(device: torch.device) -> str:
+    try:
+        return backend.choose(device)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"--backend: {error}") from None
+
+
+def _default_steps() -> str:
+    steps = (f"{recipe.steps} for {name}" for name, recipe in RECIPES.items())
+    return f"default: {', '.join(steps)}"
+
+
+def _default_device() -> torch.device:
+    if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None:
+            return accelerator
+    return torch.device("cpu")
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        # Only a value that comes back shows that the device is there and computes.
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError):
+        raise argparse.ArgumentTypeError(
+            f"expected a device that torch can use here, as cpu or cuda, got {text!r}"
+        ) from None
+    return device
+
+
+def _whole(text: str, lowest: int, highest: float, expected: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = lowest - 1
+    if not lowest <= number <= highest:
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return number
+
+
+def _positive(text: str) -> int:
+    return _whole(text, 1, float("inf"), "a positive whole number")
+
+
+def _seed(text: str) -> int:
+    return _whole(text, 0, LARGEST_SEED, f"a whole number from 0 to {LARGEST_SEED}")
+
+
+def _image_size(text: str) -> int:
+    # Two cells of the coarsest level are the least that batch normalisation of one image can use.
+    lowest = 2 * COARSEST_STRIDE
+    expected = f"a multiple of {COARSEST_STRIDE}, at least {lowest}"
+    size = _whole(text, lowest, float("inf"), expected)
+    if size % COARSEST_STRIDE:
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return size
+
+
+if __name__ == "__main__":
+    sys.exit(main())

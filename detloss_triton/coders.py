@@ -1,0 +1,142 @@
+"""Box coders: between boxes and what a head regresses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .boxes import ltrb
+from .ops import coding
+
+MaxShape = Sequence[int] | Tensor | None
+
+
+def _clipped(boxes: Tensor, max_shape: MaxShape) -> Tensor:
+    """Boxes xyxy cut at the image border: one (height, width, ...) for all, or one per image."""
+    if max_shape is None:
+        return boxes
+    limits = torch.as_tensor(max_shape, dtype=boxes.dtype, device=boxes.device)[..., :2]
+    limits = limits.flip(-1).repeat((1,) * (limits.dim() - 1) + (2,))
+    if limits.dim() == 2 and boxes.dim() == 3:
+        limits = limits.unsqueeze(1)
+    return torch.minimum(boxes.clamp(min=0), limits)
+
+
+def _check_boxes(name: str, boxes: Tensor) -> None:
+    if boxes.dim() == 0 or boxes.shape[-1] != 4:
+        raise ValueError(f"{name} must have shape (..., 4), got {tuple(boxes.shape)}")
+
+
+class DeltaXYWHBBoxCoder:
+    """R-CNN deltas (Girshick et al., 2014): centre shifts over size, and logarithms of size ratios.
+
+    dx = (gx - px) / pw, dy = (gy - py) / ph, dw = log(gw / pw), dh = log(gh / ph), then
+    (delta - mean) / std.
+
+    Args:
+        encode_size: length of the code; 4.
+        target_means, target_stds: of the four deltas.
+        clip_border: whether `decode` clips boxes at `max_shape`.
+        add_ctr_clamp, ctr_clamp: clamp the decoded centre's shift to `ctr_clamp` pixels (YOLOF).
+    """
+
+    def __init__(
+        self,
+        encode_size: int = 4,
+        target_means: Sequence[float] = (0.0, 0.0, 0.0, 0.0),
+        target_stds: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+        clip_border: bool = True,
+        add_ctr_clamp: bool = False,
+        ctr_clamp: int = 32,
+    ) -> None:
+        for name, value in (("target_means", target_means), ("target_stds", target_stds)):
+            if len(value) != 4:
+                raise ValueError(f"{name} must hold 4 numbers, got {len(value)}")
+        self.encode_size = encode_size
+        self.means = tuple(target_means)
+        self.stds = tuple(target_stds)
+        self.clip_border = clip_border
+        self.add_ctr_clamp = add_ctr_clamp
+        self.ctr_clamp = ctr_clamp
+
+    def encode(self, bboxes: Tensor, gt_bboxes: Tensor) -> Tensor:
+        """Deltas (..., 4) that turn `bboxes` into `gt_bboxes`, both (..., 4) xyxy."""
+        _check_boxes("bboxes", bboxes)
+        _check_boxes("gt_bboxes", gt_bboxes)
+        p_centre, p_size = _centre_size(bboxes.float())
+        g_centre, g_size = _centre_size(gt_bboxes.float())
+        shift, log_ratio = (g_centre - p_centre) / p_size, torch.log(g_size / p_size)
+        # Column by column: a tensor of the constants would be a copy to the device at every call.
+        deltas = torch.cat([shift, log_ratio], -1).unbind(-1)
+        normalised = zip(deltas, self.means, self.stds, strict=True)
+        return torch.stack([(d - mean) / std for d, mean, std in normalised], -1)
+
+    def decode(
+        self,
+        bboxes: Tensor,
+        pred_bboxes: Tensor,
+        max_shape: MaxShape = None,
+        wh_ratio_clip: float = 16 / 1000,
+    ) -> Tensor:
+        """Boxes (..., 4) xyxy from deltas.
+
+        Args:
+            bboxes: (..., 4) xyxy, the anchors. pred_bboxes: (..., 4), the deltas.
+            max_shape: (height, width) to clip at, or one per image (B, 2) for (B, N, 4) boxes.
+            wh_ratio_clip: |dw|, |dh| are clamped to |log(wh_ratio_clip)|.
+        """
+        _check_boxes("bboxes", bboxes)
+        _check_boxes("pred_bboxes", pred_bboxes)
+        boxes = coding.delta_decode(
+            pred_bboxes,
+            bboxes.expand(pred_bboxes.shape),
+            means=self.means,
+            stds=self.stds,
+            limit=abs(math.log(wh_ratio_clip)),
+            max_shift=float(self.ctr_clamp) if self.add_ctr_clamp else 0.0,
+        )
+        return _clipped(boxes, max_shape if self.clip_border else None)
+
+    decode_export = decode
+
+
+def _centre_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return (low + high) / 2, high - low
+
+
+class DistancePointBBoxCoder:
+    """Distances from a point to the left, top, right and bottom of its box (FCOS; Tian et al., 2019).
+
+    Args:
+        clip_border: whether `decode` clips boxes at `max_shape`.
+        encode_size: length of the code; 4.
+    """
+
+    def __init__(self, clip_border: bool = True, encode_size: int = 4) -> None:
+        self.clip_border = clip_border
+        self.encode_size = encode_size
+
+    def encode(
+        self,
+        points: Tensor,
+        gt_bboxes: Tensor,
+        max_dis: float | None = None,
+        eps: float = 0.1,
+    ) -> Tensor:
+        """ltrb distances (..., 4) from points (..., 2) to boxes (..., 4), clamped to [0, max_dis - eps]."""
+        _check_boxes("gt_bboxes", gt_bboxes)
+        distances = ltrb(points[..., :2], gt_bboxes)
+        return distances if max_dis is None else distances.clamp(0, max_dis - eps)
+
+    def decode(self, points: Tensor, pred_bboxes: Tensor, max_shape: MaxShape = None) -> Tensor:
+        """Boxes (..., 4) xyxy from points (..., 2) and ltrb distances (..., 4), clipped at max_shape."""
+        _check_boxes("pred_bboxes", pred_bboxes)
+        point = points[..., :2].expand(*pred_bboxes.shape[:-1], 2)
+        boxes = coding.distance_decode(pred_bboxes, point)
+        return _clipped(boxes, max_shape if self.clip_border else None)
+
+    decode_export = decode

@@ -1,0 +1,15 @@
+"""The criteria, one file each: they match, gather, name and weight; the losses are ops."""
+
+from .atss import ATSSCriterion
+from .rtmdet import RTMDetCriterion
+from .ssd import SSDCriterion
+from .yolov9 import YOLOv9Criterion
+from .yolox import YOLOXCriterion
+
+__all__ = [
+    "ATSSCriterion",
+    "RTMDetCriterion",
+    "SSDCriterion",
+    "YOLOXCriterion",
+    "YOLOv9Criterion",
+]

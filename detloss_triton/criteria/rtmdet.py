@@ -1,0 +1,94 @@
+"""RTMDet: classification by quality, box regression on feature levels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..reduction import rank_means
+from .levels import as_rows, check_levels, is_positive, run
+
+
+class RTMDetCriterion(nn.Module):
+    """Losses of RTMDet (Lyu et al., 2022, https://arxiv.org/abs/2212.07784).
+
+    Args:
+        num_classes: number of object classes C; label C is background.
+        loss_cls: module taking (scores, (labels, qualities)), e.g. `QualityFocalLoss`.
+        loss_bbox: module comparing boxes xyxy, e.g. `GIoULoss`.
+    """
+
+    def __init__(self, num_classes: int, loss_cls: nn.Module, loss_bbox: nn.Module) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.loss_cls = loss_cls
+        self.loss_bbox = loss_bbox
+        self.use_sigmoid_cls = getattr(loss_cls, "use_sigmoid", True)
+        self.cls_out_channels = num_classes if self.use_sigmoid_cls else num_classes + 1
+
+    def forward(
+        self,
+        cls_score: Sequence[Tensor],
+        bbox_pred: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        label_weights: Sequence[Tensor],
+        bbox_targets: Sequence[Tensor],
+        assign_metrics: Sequence[Tensor],
+        stride: Sequence[Sequence[int]],
+        **kwargs: Any,
+    ) -> dict[str, list[Tensor]]:
+        """Losses of each level. A level without positives has a box loss of 0, still connected.
+
+        Shapes, each a list over levels with n = H * W * k anchors:
+            cls_score (N, k * C, H, W) logits; bbox_pred (N, n, 4) decoded xyxy, or
+            (N, k * 4, H, W); labels (N, n) in [0, C]; label_weights (N, n);
+            bbox_targets (N, n, 4) xyxy; assign_metrics (N, n) quality in [0, 1]; stride (x, y).
+
+        Returns:
+            {"loss_cls": [...], "loss_bbox": [...]}, 0-dim per level.
+
+        Raises:
+            ValueError: if a level's strides in x and y differ.
+        """
+        check_levels(
+            cls_score=cls_score,
+            bbox_pred=bbox_pred,
+            labels=labels,
+            label_weights=label_weights,
+            bbox_targets=bbox_targets,
+            assign_metrics=assign_metrics,
+            stride=stride,
+        )
+        for x, y in stride:
+            if x != y:
+                raise ValueError(f"stride must be the same in x and y, got {(x, y)}")
+        box_weights = [
+            torch.where(is_positive(label, self.num_classes), metric, 0)
+            for label, metric in zip(labels, assign_metrics, strict=True)
+        ]
+        cls_norm, box_norm = rank_means(
+            torch.cat([metric.flatten() for metric in assign_metrics]).sum(),
+            torch.cat([weight.flatten() for weight in box_weights]).sum(),
+        )
+        losses: dict[str, list[Tensor]] = {"loss_cls": [], "loss_bbox": []}
+        for level, weights in enumerate(box_weights):
+            cls_loss = run(
+                self.loss_cls,
+                as_rows(cls_score[level], self.cls_out_channels),
+                (labels[level], assign_metrics[level]),
+                weight=label_weights[level],
+                avg_factor=1.0,
+            )
+            box_loss = run(
+                self.loss_bbox,
+                as_rows(bbox_pred[level], 4),
+                bbox_targets[level],
+                weight=weights,
+                avg_factor=1.0,
+            )
+            losses["loss_cls"].append(cls_loss / cls_norm.clamp(min=1))
+            losses["loss_bbox"].append(box_loss / box_norm.clamp(min=1))
+        return losses

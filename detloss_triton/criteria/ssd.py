@@ -1,0 +1,100 @@
+"""SSD: softmax classification with hard negative mining, smooth L1 boxes, image by image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.distribution import two_bin
+from ..ops.regression import smooth_l1
+from ..reduction import EPS32
+from .levels import is_positive
+
+
+class SSDCriterion(nn.Module):
+    """Losses of SSD (Liu et al., 2016, https://arxiv.org/abs/1512.02325).
+
+    Args:
+        num_classes: number of object classes C; label C is background.
+        bbox_coder: decodes boxes where `reg_decoded_bbox`.
+        neg_pos_ratio: hardest negatives taken per positive, at most.
+        reg_decoded_bbox: compare decoded boxes, else deltas.
+        smoothl1_beta: where smooth L1 turns linear, > 0.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        bbox_coder: Any | None = None,
+        neg_pos_ratio: int = 3,
+        reg_decoded_bbox: bool = False,
+        smoothl1_beta: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if reg_decoded_bbox and bbox_coder is None:
+            raise ValueError("bbox_coder is needed where reg_decoded_bbox is set, got None")
+        if not smoothl1_beta > 0:
+            raise ValueError(f"smoothl1_beta must be positive, got {smoothl1_beta}")
+        self.num_classes = num_classes
+        self.bbox_coder = bbox_coder
+        self.neg_pos_ratio = neg_pos_ratio
+        self.reg_decoded_bbox = reg_decoded_bbox
+        self.smoothl1_beta = smoothl1_beta
+
+    def forward(
+        self,
+        cls_score: Tensor,
+        bbox_pred: Tensor,
+        anchor: Tensor,
+        labels: Tensor,
+        label_weights: Tensor,
+        bbox_targets: Tensor,
+        bbox_weights: Tensor,
+        avg_factor: float | Tensor,
+    ) -> dict[str, list[Tensor]]:
+        """Losses of each image.
+
+        Args:
+            avg_factor: divisor of both losses, usually the number of positives; 0 counts as 1.
+
+        Shapes:
+            cls_score (N, A, C + 1) logits; bbox_pred (N, A, 4); anchor (N, A, 4) xyxy;
+            labels (N, A) in [0, C]; label_weights (N, A); bbox_targets, bbox_weights (N, A, 4).
+
+        Returns:
+            {"loss_cls": N tensors of shape (1,), "loss_bbox": N 0-dim tensors}.
+        """
+        if isinstance(avg_factor, Tensor):
+            norm: float | Tensor = torch.where(avg_factor == 0, 1, avg_factor)
+        else:
+            norm = avg_factor or 1.0
+        each = two_bin(cls_score, labels, None, None, weight=label_weights, keep=2)
+        loss_cls = self._mined(each, labels) / norm
+        if self.reg_decoded_bbox:
+            bbox_pred = self.bbox_coder.decode(anchor, bbox_pred)
+        loss_bbox = smooth_l1(
+            *(bbox_pred.unsqueeze(-1), bbox_targets.unsqueeze(-1)),
+            weight=bbox_weights,
+            keep=1,
+            beta=self.smoothl1_beta,
+        ) / (norm + EPS32)
+        return {
+            "loss_cls": list(loss_cls.unsqueeze(-1).unbind()),
+            "loss_bbox": list(loss_bbox.unbind()),
+        }
+
+    def _mined(self, each: Tensor, labels: Tensor) -> Tensor:
+        """(N,): the losses (N, A) of all positives and of the hardest negatives of each image.
+
+        The number taken is a tensor on the device, so a sort replaces top-k: negatives of rank
+        below it are kept.
+        """
+        positive = is_positive(labels, self.num_classes)
+        taken = positive.sum(1, keepdim=True) * self.neg_pos_ratio
+        negative = torch.where(labels == self.num_classes, each, -1.0)
+        hardest = negative.sort(dim=1, descending=True).values
+        rank = torch.arange(each.shape[1], device=each.device)
+        kept = torch.where((rank < taken) & (hardest >= 0), hardest, 0)
+        return torch.where(positive, each, 0).sum(1) + kept.sum(1)

@@ -1,0 +1,92 @@
+"""YOLOX: objectness of all anchors; classes and boxes of the positives."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..gather import first_set
+from ..losses import CrossEntropyLoss, IoULoss, L1Loss
+
+
+class YOLOXCriterion(nn.Module):
+    """Losses of YOLOX (Ge et al., 2021, https://arxiv.org/abs/2107.08430).
+
+    Args:
+        num_classes: number of object classes C.
+        loss_cls, loss_obj: default binary cross-entropy, summed.
+        loss_bbox: default 5 (1 - IoU^2), summed. loss_l1: default L1, summed.
+        use_l1: whether `loss_l1` is computed.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        loss_cls: nn.Module | None = None,
+        loss_bbox: nn.Module | None = None,
+        loss_obj: nn.Module | None = None,
+        loss_l1: nn.Module | None = None,
+        use_l1: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.loss_cls = loss_cls or CrossEntropyLoss(use_sigmoid=True, reduction="sum")
+        self.loss_bbox = loss_bbox or IoULoss(
+            mode="square", eps=1e-16, reduction="sum", loss_weight=5.0
+        )
+        self.loss_obj = loss_obj or CrossEntropyLoss(use_sigmoid=True, reduction="sum")
+        self.loss_l1 = loss_l1 or L1Loss(reduction="sum")
+        self.use_l1 = use_l1
+
+    def forward(
+        self,
+        flatten_objectness: Tensor,
+        flatten_cls_preds: Tensor,
+        flatten_bbox_preds: Tensor,
+        flatten_bboxes: Tensor,
+        obj_targets: Tensor,
+        cls_targets: Tensor,
+        bbox_targets: Tensor,
+        l1_targets: Tensor,
+        num_total_samples: Tensor,
+        num_pos: Tensor,
+        pos_masks: Tensor,
+    ) -> dict[str, Tensor]:
+        """Losses over N images of A anchors, of which P are positive in all.
+
+        Shapes:
+            flatten_objectness (N, A) logits; flatten_cls_preds (N, A, C) logits;
+            flatten_bbox_preds (N, A, 4); flatten_bboxes (N, A, 4) decoded xyxy;
+            obj_targets (N * A, 1); cls_targets (P, C) soft targets; bbox_targets (P, 4) xyxy;
+            l1_targets (P, 4), read where `use_l1`; num_total_samples: divisor of all;
+            pos_masks (N * A,) bool, with P entries set; `num_pos` is not read, P is a shape.
+
+        Returns:
+            {"loss_cls", "loss_bbox", "loss_obj"[, "loss_l1"]}, 0-dim.
+        """
+        n_rows = flatten_objectness.numel()
+        if pos_masks.numel() != n_rows:
+            raise ValueError(f"pos_masks must have {n_rows} entries, got {pos_masks.numel()}")
+        n_positive = bbox_targets.shape[0]
+        if cls_targets.shape[0] != n_positive:
+            raise ValueError(
+                "cls_targets and bbox_targets must have one row per positive, got "
+                f"{cls_targets.shape[0]} and {n_positive}"
+            )
+        index, found = first_set(pos_masks.flatten(), n_positive)
+        weight = found.to(torch.float32)
+        boxes = flatten_bboxes.reshape(-1, 4).index_select(0, index)
+        classes = flatten_cls_preds.reshape(-1, self.num_classes).index_select(0, index)
+        loss = {
+            "loss_cls": self.loss_cls(classes, cls_targets, weight=_like(weight, classes)),
+            "loss_bbox": self.loss_bbox(boxes, bbox_targets, weight=weight),
+            "loss_obj": self.loss_obj(flatten_objectness.reshape(-1, 1), obj_targets),
+        }
+        if self.use_l1:
+            raw = flatten_bbox_preds.reshape(-1, 4).index_select(0, index)
+            loss["loss_l1"] = self.loss_l1(raw, l1_targets, weight=_like(weight, raw))
+        return {name: value / num_total_samples for name, value in loss.items()}
+
+
+def _like(weight: Tensor, rows: Tensor) -> Tensor:
+    return weight.unsqueeze(-1).expand(rows.shape)

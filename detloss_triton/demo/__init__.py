@@ -1,0 +1,1 @@
+"""The training demo behind `detloss train`: a small detector, its data, its pictures."""

@@ -1,0 +1,30 @@
+"""The detectors that `detloss train --criterion` chooses from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .yolov9 import YOLOv9Detector
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A detector with its criterion, and how to train it.
+
+    `build` is called with the number of classes, the side of the square images and the device. Its
+    result maps images and samples to a dictionary of losses in training mode, `total_loss` among
+    them, and images to one `Detections` each in evaluation mode.
+    """
+
+    build: Callable[[int, int, torch.device], nn.Module]
+    steps: int
+    learning_rate: float
+
+
+RECIPES = {
+    "yolov9": Recipe(YOLOv9Detector, steps=400, learning_rate=3e-3),
+}

@@ -1,0 +1,195 @@
+"""Training a small detector and writing down how it went."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from detloss_triton import __version__
+
+from .average_precision import AveragePrecision, average_precision
+from .coco_images import CocoImages
+from .detectors import RECIPES
+from .pictures import plot_losses, plot_predictions
+from .samples import Detections, ImageSource, InputError, Sample, stack_images
+from .shapes import ShapeImages
+
+WEIGHT_DECAY = 0.01
+LARGEST_GRADIENT_NORM = 10.0
+MOST_WARMUP_STEPS = 50
+# The last step's learning rate, as a share of the highest.
+FINAL_RATE = 0.01
+# Reading a loss waits for the device, so the progress bar does it only now and then.
+STEPS_PER_READING = 10
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `detloss train` was asked for, defaults filled in; `backend` is the one that runs."""
+
+    criterion: str
+    steps: int
+    batch_size: int
+    image_size: int
+    seed: int
+    backend: str
+    device: torch.device
+    output: Path
+    images: Path | None = None
+    annotations: Path | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A detector's answers on the held-out images, and their average precision."""
+
+    detections: list[Detections]
+    precision: AveragePrecision
+
+
+def train(settings: Settings) -> None:
+    """Train as told; write `loss.png`, `predictions.png` and `metrics.json` at the end.
+
+    Raises:
+        InputError: if the settings cannot be used; nothing is written then.
+    """
+    started = time.perf_counter()
+    _check_output(settings.output)
+    recipe = RECIPES[settings.criterion]
+    source = _source(settings)
+    torch.manual_seed(settings.seed)
+    model = recipe.build(len(source.class_names), settings.image_size, settings.device)
+
+    before = evaluate(model, source, settings)
+    training_started = time.perf_counter()
+    history = fit(model, source, recipe.learning_rate, settings)
+    training_seconds = time.perf_counter() - training_started
+    after = evaluate(model, source, settings)
+
+    metrics = {
+        "ap50": {"before": before.precision.ap50, "after": after.precision.ap50},
+        "ap": {"before": before.precision.ap, "after": after.precision.ap},
+        "losses": {
+            "first": {term: values[0] for term, values in history.items()},
+            "last": {term: values[-1] for term, values in history.items()},
+        },
+        "validation_images": len(source.validation),
+        "classes": list(source.class_names),
+        "seconds": {
+            "training": training_seconds,
+            "total": time.perf_counter() - started,
+        },
+        "settings": asdict(settings),
+        "versions": _versions(),
+    }
+    settings.output.mkdir(parents=True, exist_ok=True)
+    plot_losses(
+        history,
+        f"{settings.criterion} losses, {settings.steps} steps of {settings.batch_size} images",
+        settings.output / "loss.png",
+    )
+    plot_predictions(
+        source.validation,
+        after.detections,
+        source.class_names,
+        f"Held-out images after {settings.steps} steps: AP50 {after.precision.ap50:.2f}",
+        settings.output / "predictions.png",
+    )
+    text = json.dumps(metrics, indent=2, default=str) + "\n"
+    (settings.output / "metrics.json").write_text(text, encoding="utf-8")
+    print(
+        f"AP50 {before.precision.ap50:.3f} -> {after.precision.ap50:.3f}, "
+        f"AP {before.precision.ap:.3f} -> {after.precision.ap:.3f} "
+        f"on {len(source.validation)} held-out images, "
+        f"{settings.steps} steps in {training_seconds:.0f} s\n"
+        f"wrote loss.png, predictions.png and metrics.json to {settings.output}"
+    )
+
+
+def fit(
+    model: nn.Module,
+    source: ImageSource,
+    learning_rate: float,
+    settings: Settings,
+) -> dict[str, list[float]]:
+    """Train behind a progress bar; return the value of each loss term at every step."""
+    steps = settings.steps
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
+    history: list[dict[str, Tensor]] = []
+    model.train()
+    # A terminal is redrawn often; a log file gets a line now and then.
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    with tqdm(range(steps), "training", unit="step", mininterval=interval) as bar:
+        for step in bar:
+            samples = source.batch(settings.batch_size)
+            losses = model(stack_images(samples, settings.device), samples)
+            optimizer.zero_grad()
+            losses["total_loss"].backward()
+            nn.utils.clip_grad_norm_(model.parameters(), LARGEST_GRADIENT_NORM)
+            optimizer.step()
+            schedule.step()
+            history.append({term: loss.detach() for term, loss in losses.items()})
+            if step % STEPS_PER_READING == 0 or step == steps - 1:
+                bar.set_postfix(loss=f"{losses['total_loss'].item():.3f}", refresh=False)
+    return {term: torch.stack([losses[term] for losses in history]).tolist() for term in history[0]}
+
+
+def rate(step: int, steps: int) -> float:
+    """Share of the learning rate at a step: a linear rise, then half a cosine down."""
+    warmup = min(MOST_WARMUP_STEPS, steps // 8) + 1
+    cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+    return min(1.0, (step + 1) / warmup) * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, source: ImageSource, settings: Settings) -> Evaluation:
+    """Detect objects in the held-out images and score the detections."""
+    model.eval()
+    detections: list[Detections] = []
+    samples: Sequence[Sample] = source.validation
+    for start in range(0, len(samples), settings.batch_size):
+        batch = samples[start : start + settings.batch_size]
+        detections += model(stack_images(batch, settings.device))
+    precision = average_precision(samples, detections, len(source.class_names))
+    return Evaluation(detections, precision)
+
+
+def _source(settings: Settings) -> ImageSource:
+    if settings.images is not None and settings.annotations is not None:
+        return CocoImages(settings.images, settings.annotations, settings.image_size, settings.seed)
+    return ShapeImages(settings.image_size, settings.seed)
+
+
+def _check_output(output: Path) -> None:
+    """Refuse a place that cannot be written to before the work is done, not after."""
+    existing = output.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"--output: expected a directory that can be written to, got {output}")
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {
+        "detloss_triton": __version__,
+        "python": platform.python_version(),
+    }
+    for package in ("torch", "triton"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions

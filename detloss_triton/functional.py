@@ -1,0 +1,291 @@
+"""The losses as functions: torchvision's names and argument order where it has them.
+
+Everything computes in float32 (float64 for float64 inputs) and returns that, whatever the input's
+dtype; gradients come back in the input's dtype. Losses are summed where the reduction says so without
+being written out. `reduction` is "none", "mean" or "sum" throughout, and every function raises
+ValueError for another, or for shapes that disagree.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .ops import classification, distribution, regression
+from .reduction import reduced
+
+__all__ = [
+    "binary_cross_entropy_with_logits",
+    "complete_box_iou_loss",
+    "cross_entropy",
+    "distance_box_iou_loss",
+    "distribution_focal_loss",
+    "generalized_box_iou_loss",
+    "iou_loss",
+    "l1_loss",
+    "quality_focal_loss",
+    "sigmoid_focal_loss",
+    "smooth_l1_loss",
+    "varifocal_loss",
+]
+
+
+def _same_shape(a: Tensor, b: Tensor, names: str) -> None:
+    if a.shape != b.shape:
+        raise ValueError(f"{names} must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
+
+
+def _box_pairs(a: Tensor, b: Tensor, names: str) -> None:
+    _same_shape(a, b, names)
+    if a.dim() == 0 or a.shape[-1] != 4:
+        raise ValueError(f"{names} must have shape (..., 4), got {tuple(a.shape)}")
+
+
+def binary_cross_entropy_with_logits(
+    inputs: Tensor, targets: Tensor, weight: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """Binary cross-entropy of logits and soft targets: softplus(x) - x t.
+
+    Shapes:
+        inputs: any, logits. targets: the same, in [0, 1]. weight: the same, or None.
+    """
+    _same_shape(inputs, targets, "inputs and targets")
+    return reduced(
+        classification.binary_cross_entropy,
+        *(inputs.unsqueeze(-1), None, targets, None),
+        weight=weight,
+        reduction=reduction,
+    )
+
+
+def sigmoid_focal_loss(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2,
+    reduction: str = "none",
+) -> Tensor:
+    """Focal loss (Lin et al., 2017, https://arxiv.org/abs/1708.02002), as torchvision's.
+
+    a_t (1 - p_t)^gamma BCE(x, t), p_t the probability of the target, a_t = alpha or 1 - alpha.
+
+    Args:
+        alpha: weight of positives in [0, 1]; negative for none.
+        gamma: exponent, >= 0.
+
+    Shapes:
+        inputs: any, logits. targets: the same, 0 or 1 (values between are interpolated).
+    """
+    _same_shape(inputs, targets, "inputs and targets")
+    return reduced(
+        classification.sigmoid_focal,
+        *(inputs.unsqueeze(-1), None, targets, None),
+        reduction=reduction,
+        alpha=alpha,
+        gamma=gamma,
+    )
+
+
+def quality_focal_loss(
+    inputs: Tensor, labels: Tensor, scores: Tensor, beta: float = 2.0, reduction: str = "none"
+) -> Tensor:
+    """Quality focal loss (Li et al., 2020, https://arxiv.org/abs/2006.04388), summed over classes.
+
+    BCE(x, t) |t - p|^beta, t the score at the label and 0 elsewhere.
+
+    Shapes:
+        inputs: (..., C) logits. labels: (...,) int, outside [0, C) for background.
+        scores: (...,) in [0, 1], the quality (IoU) of the prediction. Returns (...,) for "none".
+    """
+    return reduced(
+        classification.quality_focal, inputs, labels, scores, None, reduction=reduction, beta=beta
+    )
+
+
+def varifocal_loss(
+    inputs: Tensor,
+    labels: Tensor,
+    scores: Tensor,
+    alpha: float = 0.75,
+    gamma: float = 2.0,
+    reduction: str = "none",
+) -> Tensor:
+    """Varifocal loss (Zhang et al., 2021, https://arxiv.org/abs/2008.13367), summed over classes.
+
+    q BCE(x, q) at the label, alpha p^gamma BCE(x, 0) elsewhere; the factors carry no gradient.
+
+    Shapes: as `quality_focal_loss`.
+    """
+    return reduced(
+        classification.varifocal,
+        *(inputs, labels, scores, None),
+        reduction=reduction,
+        alpha=alpha,
+        gamma=gamma,
+    )
+
+
+def cross_entropy(
+    inputs: Tensor, labels: Tensor, weight: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """Softmax cross-entropy of each row; a label outside [0, C) costs 0.
+
+    Shapes:
+        inputs: (..., C) logits. labels: (...,) int. weight: (...,) factor of each row, or None.
+    """
+    return reduced(
+        distribution.two_bin, inputs, labels, None, None, weight=weight, reduction=reduction
+    )
+
+
+def distribution_focal_loss(
+    inputs: Tensor, targets: Tensor, weight: Tensor | None = None, reduction: str = "none"
+) -> Tensor:
+    """Distribution focal loss (Li et al., 2020, https://arxiv.org/abs/2006.04388).
+
+    Cross-entropy with the two bins around a continuous target, weighted by nearness:
+    -((r - y) log p[l] + (y - l) log p[r]), l = floor(y), r = l + 1.
+
+    Shapes:
+        inputs: (..., bins) logits. targets: (...,) in [0, bins - 1), clamped into it.
+        weight: (...,), or None. Returns (...,) for "none".
+    """
+    left, right_weight = two_bins(targets, inputs.shape[-1])
+    return reduced(
+        distribution.two_bin,
+        *(inputs, left, 1 - right_weight, right_weight),
+        weight=weight,
+        reduction=reduction,
+    )
+
+
+# Keeps a target off the last bin, which has no right neighbour.
+BIN_MARGIN = 0.01
+
+
+def two_bins(distances: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """(left bin, weight of the bin to its right) of distances clamped to [0, bins - 1.01]."""
+    distances = distances.clamp(0, bins - 1 - BIN_MARGIN)
+    left = distances.floor()
+    return left.long(), distances - left
+
+
+def iou_loss(
+    pred: Tensor, target: Tensor, mode: str = "log", eps: float = 1e-6, reduction: str = "mean"
+) -> Tensor:
+    """IoU loss: -log IoU (Yu et al., 2016), 1 - IoU^2 ("square") or 1 - IoU ("linear").
+
+    The IoU is at least eps, so disjoint boxes cost -log(eps) at most, with no gradient.
+
+    Shapes:
+        pred, target: (..., 4) boxes xyxy. Returns (...,) for "none".
+    """
+    _box_pairs(pred, target, "pred and target")
+    check_iou_mode(mode)
+    return reduced(regression.iou_loss, pred, target, reduction=reduction, mode=mode, eps=eps)
+
+
+IOU_MODES = ("log", "square", "linear")
+
+
+def check_iou_mode(mode: str) -> None:
+    if mode not in IOU_MODES:
+        raise ValueError(f"mode must be one of {', '.join(IOU_MODES)}, got {mode!r}")
+
+
+def generalized_box_iou_loss(
+    boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7
+) -> Tensor:
+    """GIoU loss (Rezatofighi et al., 2019, https://arxiv.org/abs/1902.09630), in [0, 2].
+
+    1 - IoU + (hull - union) / hull; union and hull at least eps.
+
+    Shapes:
+        boxes1, boxes2: (..., 4) boxes xyxy, both may carry gradients. Returns (...,) for "none".
+    """
+    _box_pairs(boxes1, boxes2, "boxes1 and boxes2")
+    return reduced(regression.giou_loss, boxes1, boxes2, reduction=reduction, eps=eps)
+
+
+def distance_box_iou_loss(
+    boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7
+) -> Tensor:
+    """DIoU loss (Zheng et al., 2020, https://arxiv.org/abs/1911.08287).
+
+    1 - IoU + squared centre distance / squared diagonal of the hull; eps is added to denominators.
+
+    Shapes: as `generalized_box_iou_loss`.
+    """
+    _box_pairs(boxes1, boxes2, "boxes1 and boxes2")
+    return reduced(regression.diou_loss, boxes1, boxes2, reduction=reduction, eps=eps)
+
+
+def complete_box_iou_loss(
+    boxes1: Tensor,
+    boxes2: Tensor,
+    reduction: str = "none",
+    eps: float = 1e-7,
+    *,
+    differentiate_alpha: bool = False,
+) -> Tensor:
+    """CIoU loss (Zheng et al., 2020, https://arxiv.org/abs/1911.08287).
+
+    The DIoU loss + alpha v, v = 4 / pi^2 (difference of the aspect angles)^2, alpha = v / (1 - IoU + v).
+
+    Args:
+        differentiate_alpha: let gradients flow through alpha, as YOLOv9 does; torchvision and the
+            paper hold it constant.
+
+    Shapes: as `generalized_box_iou_loss`.
+    """
+    _box_pairs(boxes1, boxes2, "boxes1 and boxes2")
+    return reduced(
+        regression.ciou_loss,
+        *(boxes1, boxes2),
+        reduction=reduction,
+        eps=eps,
+        alpha_grad=differentiate_alpha,
+    )
+
+
+def l1_loss(
+    pred: Tensor, target: Tensor, weight: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """|pred - target| of each entry. Shapes: pred, target, weight (or None): any, the same."""
+    _same_shape(pred, target, "pred and target")
+    return reduced(
+        regression.l1,
+        *(pred.unsqueeze(-1), target.unsqueeze(-1)),
+        weight=weight,
+        reduction=reduction,
+    )
+
+
+def smooth_l1_loss(
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    avg_factor: float | Tensor | None = None,
+    beta: float = 1.0,
+) -> Tensor:
+    """0.5 d^2 / beta where |d| < beta, else |d| - 0.5 beta (Girshick, 2015), of each entry.
+
+    Args:
+        avg_factor: with "mean", the divisor of the sum instead of the number of entries.
+        beta: where the parabola ends, > 0.
+
+    Shapes:
+        pred, target, weight (or None): any, the same.
+    """
+    _same_shape(pred, target, "pred and target")
+    if not beta > 0:
+        raise ValueError(f"beta must be positive, got {beta}")
+    return reduced(
+        regression.smooth_l1,
+        *(pred.unsqueeze(-1), target.unsqueeze(-1)),
+        weight=weight,
+        reduction=reduction,
+        avg_factor=avg_factor,
+        beta=beta,
+    )

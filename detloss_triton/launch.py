@@ -1,0 +1,172 @@
+"""Launching a row loss: strides, segments, block sizes, partial sums. One style for every kernel.
+
+A kernel's arguments are named after its op's inputs: pointers `p_x`, gradients `p_dx`, strides of the
+outer row, inner row and feature dimension `s_x_o`, `s_x_i`, `s_x_f`, and flags `HAS_X`, `GRAD_X`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import backend
+
+if TYPE_CHECKING:
+    from .op import Call
+
+# Elements a program holds at a time, per input: with 4 warps, 16 in each lane.
+TILE = 2048
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a launcher answers: the kernel, the rows each program takes, and its own constants."""
+
+    kernel: Any
+    rows: int
+    constants: dict[str, Any] = field(default_factory=dict)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def forward(call: Call, weight: Tensor | None, inputs: tuple[Tensor | None, ...]) -> Tensor:
+    if math.prod(call.rows) == 0:
+        return _first(inputs).new_zeros(call.out_shape, dtype=torch.float32)
+    return _run(call, weight, inputs, None, [None] * len(inputs)).view(call.out_shape)
+
+
+def backward(
+    call: Call,
+    weight: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
+    dout: Tensor,
+    wanted: tuple[bool, ...],
+) -> list[Tensor | None]:
+    gradients = [
+        torch.empty_like(x) if want and x is not None else None
+        for x, want in zip(inputs, wanted, strict=True)
+    ]
+    if math.prod(call.rows) > 0:
+        _run(call, weight, inputs, dout.to(torch.float32).contiguous(), gradients)
+    return gradients
+
+
+def _run(
+    call: Call,
+    weight: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
+    dout: Tensor | None,
+    gradients: list[Tensor | None],
+) -> Tensor:
+    specs, rows = call.op.inputs, call.rows
+    assert call.op.launcher is not None
+    tile: Tile = call.op.launcher(*inputs, **dict(call.params))
+    n_rows = math.prod(rows)
+    each = call.keep == len(rows)
+    n_segment = n_rows if each else math.prod(rows[call.keep :])
+    n_blocks = -(-n_segment // tile.rows)
+    n_programs = n_rows // n_segment * n_blocks
+    first = _first(inputs)
+    out = dout
+    if out is None:
+        n_out = n_rows * max(call.op.values, 1) if each else n_programs
+        out = first.new_empty(n_out, dtype=torch.float32)
+
+    named: dict[str, Tensor | None] = {"weight": weight}
+    for spec, x, gradient in zip(specs, inputs, gradients, strict=True):
+        named[spec.name] = x
+        if spec.grad:
+            named[f"d{spec.name}"] = gradient
+    layout = _layout(rows, [x for x in named.values() if x is not None])
+    if layout is None:
+        return _run_contiguous(call, weight, inputs, dout, gradients)
+    n_inner, strides = layout
+    arguments: dict[str, Any] = {"HAS_WEIGHT": weight is not None}
+    present = iter(strides)
+    featured = {s.name for s in specs if s.features} | {f"d{s.name}" for s in specs if s.features}
+    for name, x in named.items():
+        outer, inner = next(present) if x is not None else (0, 0)
+        arguments[f"p_{name}"] = first if x is None else x
+        arguments[f"s_{name}_o"] = outer
+        arguments[f"s_{name}_i"] = inner
+        if name in featured:
+            arguments[f"s_{name}_f"] = 0 if x is None else x.stride(-1)
+    for spec, x in zip(specs, inputs, strict=True):
+        if spec.optional:
+            arguments[f"HAS_{spec.name.upper()}"] = x is not None
+    if sum(spec.grad for spec in specs) > 1:
+        for spec in specs:
+            if spec.grad:
+                arguments[f"GRAD_{spec.name.upper()}"] = named[f"d{spec.name}"] is not None
+    backend.launch(
+        tile.kernel,
+        (n_programs,),
+        first.device,
+        **arguments,
+        p_out=out,
+        p_dout=out,
+        n_segment=n_segment,
+        n_blocks=n_blocks,
+        n_inner=n_inner,
+        n_features=first.shape[-1],
+        BACKWARD=dout is not None,
+        EACH=each,
+        FLAT=n_inner == n_rows,
+        BR=tile.rows,
+        **tile.constants,
+    )
+    if dout is not None or each or n_blocks == 1:
+        return out
+    return out.view(-1, n_blocks).sum(1)
+
+
+def _run_contiguous(
+    call: Call,
+    weight: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
+    dout: Tensor | None,
+    gradients: list[Tensor | None],
+) -> Tensor:
+    """Rows in three or more dimensions that no pair of strides can walk: copy, then run."""
+    copies = [None if x is None else x.contiguous() for x in inputs]
+    fresh = [None if g is None else torch.empty_like(x) for g, x in zip(gradients, copies, strict=True)]
+    weight = None if weight is None else weight.contiguous()
+    out = _run(call, weight, tuple(copies), dout, fresh)
+    for g, f in zip(gradients, fresh, strict=True):
+        if g is not None:
+            g.copy_(f)
+    return out
+
+
+def _first(inputs: tuple[Tensor | None, ...]) -> Tensor:
+    first = inputs[0]
+    assert first is not None
+    return first
+
+
+def _layout(rows: torch.Size, tensors: list[Tensor]) -> tuple[int, list[tuple[int, int]]] | None:
+    """(inner size, (outer, inner) strides of each tensor) of the rows as two dimensions, if they go.
+
+    Neighbouring dimensions merge where every tensor walks both with one stride.
+    """
+    dims: list[tuple[int, list[int]]] = []
+    for axis, size in enumerate(rows):
+        strides = [x.stride(axis) for x in tensors]
+        if size == 1:
+            continue
+        if dims and all(a == b * size for a, b in zip(dims[-1][1], strides, strict=True)):
+            dims[-1] = (dims[-1][0] * size, strides)
+        else:
+            dims.append((size, strides))
+    if len(dims) > 2:
+        return None
+    while len(dims) < 2:
+        dims.insert(0, (1, [0] * len(tensors)))
+    return dims[1][0], list(zip(dims[0][1], dims[1][1], strict=True))

@@ -1,0 +1,262 @@
+"""Ops: a torch reference, its Triton launcher, samples and tolerances, declared side by side.
+
+    @row_loss(Input("pred", features=1, grad=True), Input("target", features=1), samples=...)
+    def l1(pred, target):                 # the declaration is the torch reference
+        return (pred - target).abs().sum(-1)
+
+    @l1.triton                            # refused at import if its parameters differ
+    def _(pred, target):
+        return Tile(kernels.boxes.distance_kernel, rows=512, constants={"LOSS": "l1"})
+
+A row op maps rows of its inputs to one loss each, weighs them and sums all but the leading `keep`
+dimensions; or (`row_map`) to a few values each, which are returned. The registry is what tests,
+`detloss check` and the benchmarks walk.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import backend, blocks, launch
+
+REGISTRY: dict[str, Op] = {}
+
+# Largest error allowed to either backend, relative to the largest value, by dtype of the inputs.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+@dataclass(frozen=True)
+class Input:
+    """One tensor argument of an op: rows, then `features` further dimensions (0 or 1)."""
+
+    name: str
+    features: int = 0
+    grad: bool = False
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Arguments an op accepts; `weight` and the inputs share their row dimensions."""
+
+    inputs: tuple[Tensor | None, ...]
+    params: dict[str, Any] = field(default_factory=dict)
+    weight: Tensor | None = None
+
+
+class Op:
+    """What the registry holds: name, torch reference, Triton launcher, samples."""
+
+    def __init__(self, reference: Callable[..., Any], samples: Callable[..., Iterator[Any]]) -> None:
+        self.name = reference.__name__
+        self.reference = reference
+        self.samples = samples
+        self.launcher: Callable[..., Any] | None = None
+        self.__doc__ = reference.__doc__
+        if self.name in REGISTRY:
+            raise TypeError(f"op {self.name!r} is declared twice")
+        REGISTRY[self.name] = self
+
+    def triton(self, launcher: Callable[..., Any]) -> Callable[..., Any]:
+        """Register the Triton launcher; it takes exactly the reference's parameters."""
+        ours = list(inspect.signature(launcher).parameters)
+        theirs = list(inspect.signature(self.reference).parameters)
+        if ours != theirs:
+            raise TypeError(f"launcher of {self.name!r} takes {ours}, its reference {theirs}")
+        self.launcher = launcher
+        return launcher
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}>"
+
+
+class RowOp(Op):
+    """A loss (or a few values) per row, differentiable by the inputs declared with `grad`.
+
+    Calling it: `op(*inputs, weight=None, keep=0, **params)`.
+
+    Shapes:
+        inputs: (*rows, features) or (*rows,), any strides, any float dtype; None where optional.
+        weight: (*rows,), factor of each row's loss. With `skip`, a row of weight 0 contributes
+            exactly nothing to losses and gradients, whatever it holds.
+        returns: (*rows[:keep],), float32 (float64 for float64 inputs): the weighted losses summed
+            over the remaining row dimensions. `keep = number of row dimensions` sums nothing.
+            A row map returns (*rows, values).
+
+    Raises:
+        ValueError: if inputs disagree in their rows, or one without a gradient requires it.
+    """
+
+    def __init__(
+        self,
+        reference: Callable[..., Tensor],
+        inputs: tuple[Input, ...],
+        samples: Callable[..., Iterator[Sample]],
+        skip: bool = False,
+        values: int = 0,
+    ) -> None:
+        super().__init__(reference, samples)
+        names = list(inspect.signature(reference).parameters)[: len(inputs)]
+        if names != [spec.name for spec in inputs]:
+            raise TypeError(f"{self.name}: parameters {names} are not the inputs declared")
+        self.inputs = inputs
+        self.skip = skip
+        self.values = values
+
+    def __call__(
+        self, *inputs: Tensor | None, weight: Tensor | None = None, keep: int = 0, **params: Any
+    ) -> Tensor:
+        rows = self._check(inputs, weight, keep)
+        keep = len(rows) if self.values else keep
+        call = Call(self, tuple(sorted(params.items())), keep, rows)
+        differentiable = [
+            x for x, spec in zip(inputs, self.inputs, strict=True) if spec.grad and x is not None
+        ]
+        chosen = backend.choose(differentiable[0].device, [x.dtype for x in differentiable])
+        if chosen == "torch" and not blocks.pays(call, inputs):
+            return call.whole(weight, *inputs)
+        return _Rows.apply(call, chosen, weight, *inputs)
+
+    def _check(
+        self, inputs: tuple[Tensor | None, ...], weight: Tensor | None, keep: int
+    ) -> torch.Size:
+        if len(inputs) != len(self.inputs):
+            names = ", ".join(spec.name for spec in self.inputs)
+            raise ValueError(f"{self.name}: expected the inputs ({names}), got {len(inputs)}")
+        rows: torch.Size | None = None
+        for spec, x in zip(self.inputs, inputs, strict=True):
+            if x is None:
+                if not spec.optional:
+                    raise ValueError(f"{self.name}: {spec.name} is required, got None")
+                continue
+            if x.dim() < spec.features:
+                raise ValueError(
+                    f"{self.name}: {spec.name} needs a last dimension, got shape {tuple(x.shape)}"
+                )
+            here = x.shape[: x.dim() - spec.features]
+            if rows is None:
+                rows = here
+            elif here != rows:
+                raise ValueError(
+                    f"{self.name}: {spec.name} has rows {tuple(here)}, expected {tuple(rows)} "
+                    f"as in {self.inputs[0].name}"
+                )
+            if x.requires_grad and not spec.grad:
+                raise ValueError(
+                    f"{self.name}: no gradient is defined for {spec.name}; detach it first"
+                )
+        assert rows is not None
+        if weight is not None:
+            if weight.shape != rows:
+                raise ValueError(
+                    f"{self.name}: weight has shape {tuple(weight.shape)}, expected {tuple(rows)}"
+                )
+            if weight.requires_grad:
+                raise ValueError(f"{self.name}: no gradient is defined for weight; detach it first")
+        if not 0 <= keep <= len(rows):
+            raise ValueError(f"{self.name}: keep must be in [0, {len(rows)}], got {keep}")
+        return rows
+
+
+class DirectOp(Op):
+    """An op with a shape of its own and no gradient: matching. Its launcher does the launching.
+
+    Reference and launcher take the same tensors and parameters, first the one whose device decides,
+    and return the same tensors.
+    """
+
+    def __call__(self, *tensors: Tensor, **params: Any) -> Any:
+        first = tensors[0]
+        chosen = backend.choose(first.device, [t.dtype for t in tensors if t.is_floating_point()])
+        run = self.reference if chosen == "torch" else self.launcher
+        assert run is not None
+        with torch.no_grad():
+            return run(*(t.detach() for t in tensors), **params)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a row loss: everything about it but its tensors."""
+
+    op: RowOp
+    params: tuple[tuple[str, Any], ...]
+    keep: int
+    rows: torch.Size
+
+    def losses(self, weight: Tensor | None, *inputs: Tensor | None) -> Tensor:
+        """The weighted losses of some of the rows, in float32 or float64."""
+        dtype = compute_dtype(inputs)
+        if weight is not None and self.op.skip:
+            inputs = tuple(
+                torch.where((weight != 0).unsqueeze(-1), x, 0) if spec.features and x is not None
+                else x
+                for spec, x in zip(self.op.inputs, inputs, strict=True)
+            )  # fmt: skip
+        losses = self.op.reference(
+            *(x.to(dtype) if x is not None and x.is_floating_point() else x for x in inputs),
+            **dict(self.params),
+        )
+        return losses if weight is None else losses * weight.to(dtype)
+
+    def whole(self, weight: Tensor | None, *inputs: Tensor | None) -> Tensor:
+        """The reference on everything at once: for small inputs, and for Inductor to compile."""
+        losses = self.losses(weight, *inputs)
+        return losses.flatten(self.keep).sum(-1) if self.keep < len(self.rows) else losses
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return (*self.rows[: self.keep], *([self.op.values] if self.op.values else []))
+
+
+def compute_dtype(inputs: tuple[Tensor | None, ...]) -> torch.dtype:
+    """float64 where an input is float64, else float32: half precision is for storage only."""
+    has_double = any(x is not None and x.dtype == torch.float64 for x in inputs)
+    return torch.float64 if has_double else torch.float32
+
+
+class _Rows(torch.autograd.Function):
+    """Saves the inputs and nothing else: backward reads them again and writes each gradient once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, chosen: str, weight: Tensor | None, *inputs: Tensor | None
+    ) -> Tensor:
+        ctx.call, ctx.chosen = call, chosen
+        ctx.save_for_backward(weight, *inputs)
+        module = launch if chosen == "triton" else blocks
+        return module.forward(call, weight, inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *inputs = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[3:]
+        module = launch if ctx.chosen == "triton" else blocks
+        return None, None, None, *module.backward(ctx.call, weight, tuple(inputs), dout, wanted)
+
+
+def row_loss(
+    *inputs: Input, samples: Callable[..., Iterator[Sample]], skip: bool = False
+) -> Callable[[Callable[..., Tensor]], RowOp]:
+    """Declare the decorated torch reference as a row loss over `inputs`, its first parameters."""
+
+    return lambda reference: RowOp(reference, inputs, samples, skip=skip)
+
+
+def row_map(
+    *inputs: Input, values: int, samples: Callable[..., Iterator[Sample]]
+) -> Callable[[Callable[..., Tensor]], RowOp]:
+    """Declare the decorated torch reference as a map from rows of `inputs` to `values` numbers."""
+    return lambda reference: RowOp(reference, inputs, samples, values=values)
+
+
+def direct(*, samples: Callable[..., Iterator[Sample]]) -> Callable[[Callable[..., Any]], DirectOp]:
+    """Declare the decorated torch reference as a direct op."""
+    return lambda reference: DirectOp(reference, samples)

@@ -1,0 +1,96 @@
+"""Boxes from what a head regresses: the decoders a criterion needs on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backend import kernels
+from ..launch import TILE, Tile
+from ..op import Input, Sample, row_map
+
+
+def _delta_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
+    low = torch.rand(rows, 2, generator=generator) * 50
+    anchors = torch.cat([low, low + 1 + torch.rand(rows, 2, generator=generator) * 20], -1)
+    deltas = torch.randn(rows, 4, generator=generator)
+    deltas[: rows // 4] *= 20
+    norm = {"means": (0.1, 0.0, -0.2, 0.3), "stds": (0.1, 0.2, 0.3, 0.4)}
+    yield Sample((deltas, anchors), norm | {"limit": 4.135, "max_shift": 0.0})
+    yield Sample((deltas, anchors), norm | {"limit": 1.5, "max_shift": 8.0})
+
+
+@row_map(
+    Input("deltas", features=1, grad=True),
+    Input("anchors", features=1),
+    values=4,
+    samples=_delta_samples,
+)
+def delta_decode(
+    deltas: Tensor,
+    anchors: Tensor,
+    means: tuple[float, ...],
+    stds: tuple[float, ...],
+    limit: float,
+    max_shift: float,
+) -> Tensor:
+    """Boxes xyxy: centre + d size, size exp(log ratio), with the ratio's logarithm within +-limit.
+
+    Where max_shift > 0 the centre moves by at most that, and the ratio is limited from above only.
+    """
+    dx, dy, dw, dh = (
+        d * std + mean for d, std, mean in zip(deltas.unbind(-1), stds, means, strict=True)
+    )
+    x1, y1, x2, y2 = anchors.unbind(-1)
+    left, right = _decode_axis(dx, dw, x1, x2, limit, max_shift)
+    top, bottom = _decode_axis(dy, dh, y1, y2, limit, max_shift)
+    return torch.stack([left, top, right, bottom], -1)
+
+
+def _decode_axis(
+    delta: Tensor, log_ratio: Tensor, low: Tensor, high: Tensor, limit: float, max_shift: float
+) -> tuple[Tensor, Tensor]:
+    size = high - low
+    shift = delta * size
+    if max_shift > 0:
+        shift = shift.clamp(-max_shift, max_shift)
+        log_ratio = log_ratio.clamp(max=limit)
+    else:
+        log_ratio = log_ratio.clamp(-limit, limit)
+    centre = (low + high) / 2 + shift
+    half = size * log_ratio.exp() / 2
+    return centre - half, centre + half
+
+
+@delta_decode.triton
+def _(
+    deltas: Tensor, anchors: Tensor, means: Any, stds: Any, limit: float, max_shift: float
+) -> Tile:
+    constants = {f"MEAN_{axis}": float(mean) for axis, mean in zip("XYWH", means, strict=True)}
+    constants |= {f"STD_{axis}": float(std) for axis, std in zip("XYWH", stds, strict=True)}
+    constants |= {"LIMIT": float(limit), "SHIFT": float(max_shift)}
+    return Tile(kernels.boxes.delta_decode_kernel, rows=TILE // 8, constants=constants)
+
+
+def _distance_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
+    distances = torch.randn(rows, 4, generator=generator)
+    yield Sample((distances, torch.rand(rows, 2, generator=generator) * 50))
+
+
+@row_map(
+    Input("distances", features=1, grad=True),
+    Input("points", features=1),
+    values=4,
+    samples=_distance_samples,
+)
+def distance_decode(distances: Tensor, points: Tensor) -> Tensor:
+    """Boxes xyxy: the point less (left, top), plus (right, bottom)."""
+    return torch.cat([points - distances[..., :2], points + distances[..., 2:]], -1)
+
+
+@distance_decode.triton
+def _(distances: Tensor, points: Tensor) -> Tile:
+    return Tile(kernels.boxes.distance_decode_kernel, rows=TILE // 4)

@@ -1,0 +1,67 @@
+"""Losses over a discrete distribution per row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backend import kernels
+from ..launch import TILE, Tile, power_of_2
+from ..op import Input, Sample, row_loss
+
+# A program holds whole rows; wider ones would spill.
+MAX_BINS = 16384
+
+
+def _samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
+    for bins in (16, 33, 1, 81):
+        logits = torch.randn(rows, bins, generator=generator) * 3
+        logits[: rows // 5, 0] = 100.0
+        left = torch.randint(-1, bins + 1, (rows,), generator=generator)
+        right = torch.rand(rows, generator=generator)
+        weight = torch.rand(rows, generator=generator).round() * 2
+        yield Sample((logits, left, 1 - right, right), {}, weight)
+        yield Sample((logits, left, None, None), {})
+
+
+@row_loss(
+    Input("logits", features=1, grad=True),
+    Input("left"),
+    Input("weight_left", optional=True),
+    Input("weight_right", optional=True),
+    samples=_samples,
+    skip=True,
+)
+def two_bin(
+    logits: Tensor, left: Tensor, weight_left: Tensor | None, weight_right: Tensor | None
+) -> Tensor:
+    """-(w_left log p[left] + w_right log p[left + 1]), p = softmax(logits).
+
+    Defaults w_left = 1, w_right = 0 make it the softmax cross-entropy. A row whose left bin does
+    not exist costs 0; so does a right bin beyond the last.
+    """
+    bins = logits.shape[-1]
+    log_p = logits.log_softmax(-1)
+    inside = (left >= 0) & (left < bins)
+    index = torch.where(inside, left, 0).unsqueeze(-1)
+    loss = -log_p.gather(-1, index).squeeze(-1)
+    if weight_left is not None:
+        loss = loss * weight_left
+    if weight_right is not None and bins > 1:
+        last = index == bins - 1
+        at_right = log_p.gather(-1, torch.where(last, 0, index + 1)).squeeze(-1)
+        loss = loss - torch.where(last.squeeze(-1), 0, at_right * weight_right)
+    return torch.where(inside, loss, 0)
+
+
+@two_bin.triton
+def _(logits: Tensor, left: Any, weight_left: Any, weight_right: Any) -> Tile:
+    bins = power_of_2(logits.shape[-1])
+    if bins > MAX_BINS:
+        raise ValueError(f"logits has {logits.shape[-1]} bins, the kernel takes {MAX_BINS}")
+    return Tile(
+        kernels.distributions.two_bin_kernel, rows=max(TILE // bins, 1), constants={"BK": bins}
+    )

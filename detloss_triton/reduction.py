@@ -1,0 +1,70 @@
+"""How the losses of a batch become one number, and how that number is normalised."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .op import RowOp
+
+Reduction = Literal["none", "mean", "sum"]
+REDUCTIONS = ("none", "mean", "sum")
+
+# Keeps `sum / avg_factor` finite; the spacing of float32 at 1, so that it rounds away otherwise.
+EPS32 = 2.0**-23
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def reduced(
+    op: RowOp,
+    *inputs: Tensor | None,
+    reduction: str,
+    weight: Tensor | None = None,
+    avg_factor: float | Tensor | None = None,
+    avg_eps: float = EPS32,
+    count: int | None = None,
+    scale: float = 1.0,
+    **params: Any,
+) -> Tensor:
+    """`scale` times the op's weighted losses: each, their mean or sum, or sum / avg_factor.
+
+    A mean is over the losses, weighted or not: over the rows, unless `count` says how many there are.
+
+    Raises:
+        ValueError: for an unknown reduction, or an avg_factor with "sum".
+    """
+    check_reduction(reduction)
+    first = inputs[0]
+    assert first is not None
+    rows = first.shape[:-1]
+    if reduction == "none":
+        return scaled(op(*inputs, weight=weight, keep=len(rows), **params), scale)
+    total = op(*inputs, weight=weight, **params)
+    if avg_factor is None:
+        count = rows.numel() if count is None else count
+        return scaled(total, scale / max(count, 1) if reduction == "mean" else scale)
+    if reduction == "sum":
+        raise ValueError("avg_factor cannot be used with reduction='sum'")
+    if isinstance(avg_factor, Tensor):
+        return scaled(total, scale) / (avg_factor + avg_eps)
+    return scaled(total, scale / (avg_factor + avg_eps))
+
+
+def scaled(loss: Tensor, scale: float) -> Tensor:
+    return loss if scale == 1.0 else loss * scale
+
+
+def rank_means(*sums: Tensor) -> list[Tensor]:
+    """The mean over ranks of each 0-dim tensor, in one collective; unchanged on a single process."""
+    stacked = torch.stack([s.detach().to(torch.float32) for s in sums])
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(stacked)
+        stacked = stacked / dist.get_world_size()
+    return list(stacked.unbind())

@@ -1,0 +1,61 @@
+"""Pairs of predictions and targets: metrics and costs for matching. No gradients."""
+
+import triton
+import triton.language as tl
+
+from .math import aspect_and_grad, centre_and_grad, iou_and_grad, logistic, power
+
+
+@triton.jit
+def similarity(
+    px1, py1, px2, py2, tx1, ty1, tx2, ty2, IOU: tl.constexpr, EPS: tl.constexpr
+):  # fmt: skip
+    """IoU, DIoU or CIoU, EPS added to the denominators."""
+    iou, _, _, _, _ = iou_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS, True)
+    if IOU == "iou":
+        return iou
+    ratio, _ = centre_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS)
+    if IOU == "diou":
+        return iou - ratio
+    aspect, _, _, _, _, _ = aspect_and_grad(
+        px2 - px1, py2 - py1, tx2 - tx1, ty2 - ty1, iou, EPS, False
+    )
+    return iou - ratio - aspect
+
+
+@triton.jit(do_not_specialize=["n_targets", "n_anchors", "n_blocks"])
+def task_aligned_kernel(
+    p_boxes, p_logits, p_anchors, p_targets, p_metric, p_best,
+    s_boxes_b, s_boxes_a, s_boxes_f, s_logits_b, s_logits_t, s_logits_a,
+    s_anchors_a, s_anchors_f, s_targets_b, s_targets_t, s_targets_f,
+    n_targets, n_anchors, n_blocks,
+    IOU: tl.constexpr, IOU_POWER: tl.constexpr, CLASS_POWER: tl.constexpr, EPS: tl.constexpr,
+    BA: tl.constexpr,
+):  # fmt: skip
+    """One target against BA anchors: the metric of each pair, and the block's best similarity."""
+    pid = tl.program_id(0).to(tl.int64)
+    pair = pid // n_blocks
+    b = pair // n_targets
+    t = pair - b * n_targets
+    anchor = (pid - pair * n_blocks) * BA + tl.arange(0, BA)
+    m_anchor = anchor < n_anchors
+    p_target = p_targets + b * s_targets_b + t * s_targets_t
+    tx1 = tl.load(p_target).to(tl.float32)
+    ty1 = tl.load(p_target + s_targets_f).to(tl.float32)
+    tx2 = tl.load(p_target + 2 * s_targets_f).to(tl.float32)
+    ty2 = tl.load(p_target + 3 * s_targets_f).to(tl.float32)
+    p_box = p_boxes + b * s_boxes_b + anchor * s_boxes_a
+    px1 = tl.load(p_box, mask=m_anchor, other=0.0).to(tl.float32)
+    py1 = tl.load(p_box + s_boxes_f, mask=m_anchor, other=0.0).to(tl.float32)
+    px2 = tl.load(p_box + 2 * s_boxes_f, mask=m_anchor, other=0.0).to(tl.float32)
+    py2 = tl.load(p_box + 3 * s_boxes_f, mask=m_anchor, other=0.0).to(tl.float32)
+    score = similarity(px1, py1, px2, py2, tx1, ty1, tx2, ty2, IOU, EPS)
+    score = tl.where(score > 0.0, tl.where(score > 1.0, 1.0, score), 0.0)
+    x = tl.load(p_anchors + anchor * s_anchors_a, mask=m_anchor, other=0.0).to(tl.float32)
+    y = tl.load(p_anchors + anchor * s_anchors_a + s_anchors_f, mask=m_anchor, other=0.0).to(tl.float32)
+    inside = (x > tx1) & (y > ty1) & (x < tx2) & (y < ty2) & m_anchor
+    o_logit = b * s_logits_b + t * s_logits_t + anchor * s_logits_a
+    _, p, _ = logistic(tl.load(p_logits + o_logit, mask=m_anchor, other=0.0).to(tl.float32))
+    metric = power(score, IOU_POWER) * power(p, CLASS_POWER)
+    tl.store(p_metric + pair * n_anchors + anchor, tl.where(inside, metric, 0.0), mask=m_anchor)
+    tl.store(p_best + pid, tl.max(tl.where(m_anchor, score, 0.0), axis=0))

@@ -1,0 +1,43 @@
+"""How every row-wise kernel finds its rows, and where its sums go.
+
+A loss has rows: anchors, queries, box sides. They lie in up to two dimensions (outer, inner), each
+with its own stride in every tensor, so that permuted and broadcast tensors are read in place.
+Rows are summed in segments of `n_segment` consecutive ones (all rows, or one image, or one decoder
+layer); a program takes one block of one segment and writes one partial sum: no atomics.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rows_of_program(n_segment, n_blocks, n_inner, FLAT: tl.constexpr, BR: tl.constexpr):
+    """(segment, outer, inner, row, mask) of this program's rows; int64, for 2^31 is not far."""
+    pid = tl.program_id(0).to(tl.int64)
+    segment = pid // n_blocks
+    local = (pid - segment * n_blocks) * BR + tl.arange(0, BR)
+    row = segment * n_segment + local
+    if FLAT:
+        outer = row * 0
+        inner = row
+    else:
+        outer = row // n_inner
+        inner = row - outer * n_inner
+    return segment, outer, inner, row, local < n_segment
+
+
+@triton.jit
+def put_losses(p_out, loss, row, m_row, EACH: tl.constexpr):
+    """Store each row's loss, or this program's partial sum."""
+    if EACH:
+        tl.store(p_out + row, loss, mask=m_row)
+    else:
+        tl.store(p_out + tl.program_id(0), tl.sum(tl.where(m_row, loss, 0.0), axis=0))
+
+
+@triton.jit
+def upstream(p_dout, segment, row, m_row, EACH: tl.constexpr):
+    """The upstream gradient of each row's loss: its own, or that of its segment's sum."""
+    if EACH:
+        return tl.load(p_dout + row, mask=m_row, other=0.0).to(tl.float32)
+    return tl.load(p_dout + segment).to(tl.float32)
