@@ -32,12 +32,14 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return 0, or 1 for a failed check, 2 for bad input, 130 when interrupted."""
-    options = _parser().parse_args(arguments)
-    name = f"detloss {options.command}"
+    name = "detloss"
     try:
+        options = _parser().parse_args(arguments)
+        name = f"detloss {options.command}"
         code: int = options.run(options)
     except InputError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        # Reasons that come from elsewhere may span lines.
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)

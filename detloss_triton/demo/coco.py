@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ def read_coco(images: Path, annotations: Path) -> tuple[list[str], list[Entry]]:
     Raises:
         InputError: naming `--images` or `--annotations`, the record and what was expected.
     """
-    if not images.is_dir():
+    if not os.path.isdir(images):
         raise InputError(f"--images: expected a directory of images, got {images}")
     try:
         content = _checked_content(_read_json(annotations))
@@ -56,7 +57,7 @@ def read_coco(images: Path, annotations: Path) -> tuple[list[str], list[Entry]]:
     entries = []
     for record in content["images"]:
         path = images / record["file_name"]
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise InputError(
                 f"--images {images}: the annotations name {record['file_name']!r}, "
                 "but there is no such file"
@@ -70,7 +71,7 @@ def read_coco(images: Path, annotations: Path) -> tuple[list[str], list[Entry]]:
 
 def _read_json(path: Path) -> Any:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"expected a readable JSON file ({error.strerror})") from None
     except ValueError:
@@ -107,7 +108,9 @@ def _by_id(name: str, records: list[dict[str, Any]]) -> dict[Hashable, int]:
     for place, record in enumerate(records):
         key = record["id"]
         if not isinstance(key, int | str):
-            raise InputError(f"{name}[{place}]: expected 'id' to be a number, got {_shown(key)}")
+            raise InputError(
+                f"{name}[{place}]: expected 'id' to be a whole number, got {_shown(key)}"
+            )
         if key in places:
             raise InputError(f"{name}[{place}]: expected a unique 'id', got {_shown(key)} again")
         places[key] = place

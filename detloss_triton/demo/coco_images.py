@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,10 @@ class CocoImages:
         self._rng = np.random.default_rng(seed)
         names, entries = read_coco(images, annotations)
         self.class_names: Sequence[str] = names
+        # Headers only, which is quick: a wrong file should not end a run that is half done.
+        for entry in entries:
+            with _opened(entry):
+                pass
         with_boxes = [entry for entry in entries if len(entry.labels)]
         without = [entry for entry in entries if not len(entry.labels)]
         if len(with_boxes) < 2:
@@ -62,12 +67,9 @@ class CocoImages:
         return shuffled[held_out:], shuffled[:held_out]
 
 
-def letterbox(entry: Entry, side: int) -> Sample:
-    """Scale an image to fit a square of `side` pixels, centred between grey borders.
-
-    Raises:
-        InputError: if the file is not an image of the size that the annotations give.
-    """
+@contextmanager
+def _opened(entry: Entry) -> Iterator[Image.Image]:
+    """The image file, its header read; what goes wrong with it, then or later, is an InputError."""
     try:
         with Image.open(entry.path) as file:
             if file.size != (entry.width, entry.height):
@@ -75,11 +77,21 @@ def letterbox(entry: Entry, side: int) -> Sample:
                     f"--images: {entry.path} has {file.width}x{file.height} pixels, expected "
                     f"{entry.width}x{entry.height} as the annotations say"
                 )
-            # JPEG files are decoded near the size needed, which is several times faster.
-            file.draft("RGB", (side, side))
-            picture = file.convert("RGB")
+            yield file
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"--images: expected an image in {entry.path} ({error})") from None
+
+
+def letterbox(entry: Entry, side: int) -> Sample:
+    """Scale an image to fit a square of `side` pixels, centred between grey borders.
+
+    Raises:
+        InputError: if the file is not an image of the size that the annotations give.
+    """
+    with _opened(entry) as file:
+        # JPEG files are decoded near the size needed, which is several times faster.
+        file.draft("RGB", (side, side))
+        picture = file.convert("RGB")
     scale = side / max(entry.width, entry.height)
     width, height = (max(1, round(scale * length)) for length in (entry.width, entry.height))
     left, top = (side - width) // 2, (side - height) // 2

@@ -26,8 +26,7 @@ def detections(scores: Tensor, boxes: Tensor, image_size: int) -> list[Detection
 
 def _detect(scores: Tensor, boxes: Tensor) -> Detections:
     best, flat = scores.flatten().topk(min(CANDIDATES, scores.numel()))
-    flat = flat[best > LOWEST_SCORE]
-    best = best[: len(flat)]
+    flat, best = flat[best > LOWEST_SCORE], best[best > LOWEST_SCORE]
     labels, boxes = flat % scores.shape[1], boxes[flat // scores.shape[1]]
     keep = _suppress(boxes, labels)[:MOST_DETECTIONS]
     return Detections(boxes[keep].numpy(), best[keep].numpy(), labels[keep].numpy())

@@ -26,7 +26,7 @@ TERM_NAMES = {
     "loss_cls": "classification (loss_cls)",
     "loss_df": "box distribution (loss_df)",
     "loss_iou": "box overlap (loss_iou)",
-    "total_loss": "mean of the terms (total_loss)",
+    "total_loss": "total (total_loss)",
 }
 
 
@@ -108,11 +108,13 @@ def plot_predictions(
 
 def _draw_boxes(axes: Axes, sample: Sample, found: Detections, class_names: Sequence[str]) -> None:
     side = len(sample.image)
-    for box, label, score in zip(found.boxes, found.labels, found.scores, strict=True):
-        if score >= LOWEST_SCORE_SHOWN:
-            _draw_box(axes, box, PREDICTED_COLOUR, "-")
-            text = f"{class_names[label]} {score:.2f}"
-            _write(axes, text, box, max(box[1], LABEL_HEIGHT * side), "bottom", PREDICTED_COLOUR)
+    shown = found.scores >= LOWEST_SCORE_SHOWN
+    rows = zip(found.boxes[shown], found.labels[shown], found.scores[shown], strict=True)
+    # The best come first: drawn last, they cover the others.
+    for box, label, score in reversed(list(rows)):
+        _draw_box(axes, box, PREDICTED_COLOUR, "-")
+        text = f"{class_names[label]} {score:.2f}"
+        _write(axes, text, box, max(box[1], LABEL_HEIGHT * side), "bottom", PREDICTED_COLOUR)
     for box, label in zip(sample.boxes, sample.labels, strict=True):
         _draw_box(axes, box, TRUE_COLOUR, "--")
         lowest = (1 - LABEL_HEIGHT) * side
@@ -139,5 +141,7 @@ def _write(axes: Axes, text: str, box: Array, y: float, vertical: str, colour: s
         fontsize=7.5,
         horizontalalignment="right" if right else "left",
         verticalalignment=vertical,
+        # A class name may hold a dollar sign, which is no formula.
+        parse_math=False,
         bbox={"facecolor": LABEL_BACKGROUND, "alpha": 0.65, "pad": 0.8, "linewidth": 0},
     )

@@ -70,6 +70,8 @@ def train(settings: Settings) -> None:
     recipe = RECIPES[settings.criterion]
     source = _source(settings)
     torch.manual_seed(settings.seed)
+    # Else a GPU's convolutions may add up in another order on every run.
+    torch.backends.cudnn.deterministic = True
     model = recipe.build(len(source.class_names), settings.image_size, settings.device)
 
     before = evaluate(model, source, settings)
@@ -95,6 +97,8 @@ def train(settings: Settings) -> None:
         "versions": _versions(),
     }
     settings.output.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(metrics, indent=2, default=str) + "\n"
+    (settings.output / "metrics.json").write_text(text, encoding="utf-8")
     plot_losses(
         history,
         f"{settings.criterion} losses, {settings.steps} steps of {settings.batch_size} images",
@@ -107,8 +111,6 @@ def train(settings: Settings) -> None:
         f"Held-out images after {settings.steps} steps: AP50 {after.precision.ap50:.2f}",
         settings.output / "predictions.png",
     )
-    text = json.dumps(metrics, indent=2, default=str) + "\n"
-    (settings.output / "metrics.json").write_text(text, encoding="utf-8")
     print(
         f"AP50 {before.precision.ap50:.3f} -> {after.precision.ap50:.3f}, "
         f"AP {before.precision.ap:.3f} -> {after.precision.ap:.3f} "
@@ -176,9 +178,9 @@ def _source(settings: Settings) -> ImageSource:
 def _check_output(output: Path) -> None:
     """Refuse a place that cannot be written to before the work is done, not after."""
     existing = output.absolute()
-    while not existing.exists():
+    while not os.path.exists(existing):
         existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"--output: expected a directory that can be written to, got {output}")
 
 

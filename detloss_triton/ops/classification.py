@@ -47,40 +47,38 @@ def _samples(*params: dict[str, Any]) -> Callable[..., Iterator[Sample]]:
     return samples
 
 
-def _by_class(
-    negative: Callable[[Tensor], Tensor],
-    positive: Callable[[Tensor, Tensor], Tensor],
-    logits: Tensor,
-    label: Tensor | None,
-    score: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
-    """Sum over classes of `positive(logit, score)` at the label and of `negative(logit)` elsewhere."""
-    if score is None:
-        score = logits.new_ones(()).expand(logits.shape[:-1])
-    score = score.unsqueeze(-1)
+def _at_label(dense: Tensor, label: Tensor | None, score: Tensor | None) -> Tensor:
+    """`dense` (*rows, classes) with the row's score at its label, where it is a class.
+
+    Writes to `dense`, which keeps its memory layout: mixed layouts cost more than the arithmetic.
+    """
     if label is None:
-        losses = positive(logits, score)
-    elif torch.compiler.is_compiling():
-        # Inductor fuses a comparison into its one loop; a scatter would split it in three.
-        classes = torch.arange(logits.shape[-1], device=logits.device)
-        losses = torch.where(
-            label.unsqueeze(-1) == classes, positive(logits, score), negative(logits)
-        )
-    else:
-        # Eager, every dense pass costs: the label's entry is overwritten, not selected.
-        losses = negative(logits)
-        is_class = ((label >= 0) & (label < logits.shape[-1])).unsqueeze(-1)
-        index = torch.where(is_class, label.unsqueeze(-1), 0)
-        x = logits.gather(-1, index)
-        losses.scatter_(-1, index, torch.where(is_class, positive(x, score), negative(x)))
+        assert score is not None
+        return score.unsqueeze(-1).expand(dense.shape)
+    n_classes = dense.shape[-1]
+    label = label.unsqueeze(-1)
+    value = dense.new_ones(()) if score is None else score.unsqueeze(-1)
+    if torch.compiler.is_compiling():
+        # Inductor fuses a comparison into its one loop; a scatter would be a loop of its own.
+        return torch.where(label == torch.arange(n_classes, device=dense.device), value, dense)
+    is_class = (label >= 0) & (label < n_classes)
+    index = torch.where(is_class, label, 0)
+    return dense.scatter_(-1, index, torch.where(is_class, value, dense.gather(-1, index)))
+
+
+def _targets(logits: Tensor, label: Tensor | None, score: Tensor | None) -> Tensor:
+    return _at_label(torch.zeros_like(logits, requires_grad=False), label, score)
+
+
+def _summed(losses: Tensor, mask: Tensor | None) -> Tensor:
+    """A row's losses, summed over its classes."""
     if mask is not None:
-        losses = losses * mask
+        losses = losses * torch.empty_like(losses).copy_(mask)
     return losses.sum(-1)
 
 
-def _bce(logits: Tensor, target: Tensor) -> Tensor:
-    return F.softplus(logits, threshold=_EXACT) - logits * target
+def _bce(logits: Tensor, targets: Tensor) -> Tensor:
+    return torch.addcmul(F.softplus(logits, threshold=_EXACT), logits, targets, value=-1)
 
 
 # Above 20 torch's softplus is the identity unless told otherwise: 2e-9 off, more than rounding.
@@ -101,7 +99,7 @@ def binary_cross_entropy(
     logits: Tensor, label: Tensor | None, score: Tensor | None, mask: Tensor | None
 ) -> Tensor:
     """softplus(x) - x t."""
-    return _by_class(lambda x: F.softplus(x, threshold=_EXACT), _bce, logits, label, score, mask)
+    return _summed(_bce(logits, _targets(logits, label, score)), mask)
 
 
 @binary_cross_entropy.triton
@@ -124,18 +122,12 @@ def sigmoid_focal(
     gamma: float,
 ) -> Tensor:
     """(a t + (1-a)(1-t)) ((1-p) t + p (1-t))^gamma BCE(x, t); no balance where alpha < 0."""
-
-    def negative(x: Tensor) -> Tensor:
-        balance = 1.0 if alpha < 0 else 1.0 - alpha
-        return F.softplus(x, threshold=_EXACT) * (balance * x.sigmoid().pow(gamma))
-
-    def positive(x: Tensor, t: Tensor) -> Tensor:
-        p = x.sigmoid()
-        wrong = (-x).sigmoid() * t + p * (1 - t)
-        loss = _bce(x, t) * wrong.pow(gamma)
-        return loss if alpha < 0 else loss * (alpha * t + (1 - alpha) * (1 - t))
-
-    return _by_class(negative, positive, logits, label, score, mask)
+    t = _targets(logits, label, score)
+    wrong = torch.addcmul(t, logits.sigmoid(), 1 - 2 * t)
+    scale = wrong.square() if gamma == 2 else wrong.pow(gamma)
+    if alpha >= 0:
+        scale = scale * ((2 * alpha - 1) * t + (1 - alpha))
+    return _summed(_bce(logits, t) * scale, mask)
 
 
 @sigmoid_focal.triton
@@ -148,14 +140,10 @@ def quality_focal(
     logits: Tensor, label: Tensor | None, score: Tensor | None, mask: Tensor | None, beta: float
 ) -> Tensor:
     """BCE(x, t) |t - p|^beta; p is differentiated."""
-
-    def negative(x: Tensor) -> Tensor:
-        return F.softplus(x, threshold=_EXACT) * x.sigmoid().pow(beta)
-
-    def positive(x: Tensor, t: Tensor) -> Tensor:
-        return _bce(x, t) * (t - x.sigmoid()).abs().pow(beta)
-
-    return _by_class(negative, positive, logits, label, score, mask)
+    t = _targets(logits, label, score)
+    distance = t - logits.sigmoid()
+    scale = distance.square() if beta == 2 else distance.abs().pow(beta)
+    return _summed(_bce(logits, t) * scale, mask)
 
 
 @quality_focal.triton
@@ -178,14 +166,8 @@ def varifocal(
     gamma: float,
 ) -> Tensor:
     """BCE(x, q) q at the label, softplus(x) alpha p^gamma elsewhere; these factors are constants."""
-
-    def negative(x: Tensor) -> Tensor:
-        return F.softplus(x, threshold=_EXACT) * (alpha * x.detach().sigmoid().pow(gamma))
-
-    def positive(x: Tensor, t: Tensor) -> Tensor:
-        return _bce(x, t) * t
-
-    return _by_class(negative, positive, logits, label, score, mask)
+    scale = _at_label(alpha * logits.detach().sigmoid().pow(gamma), label, score)
+    return _summed(_bce(logits, _targets(logits, label, score)) * scale, mask)
 
 
 @varifocal.triton

@@ -33,7 +33,6 @@ def _samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
     Input("weight_left", optional=True),
     Input("weight_right", optional=True),
     samples=_samples,
-    skip=True,
 )
 def two_bin(
     logits: Tensor, left: Tensor, weight_left: Tensor | None, weight_right: Tensor | None
