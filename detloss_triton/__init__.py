@@ -5,6 +5,8 @@ from .backend import use_backend
 from .coders import DeltaXYWHBBoxCoder, DistancePointBBoxCoder
 from .criteria import (
     ATSSCriterion,
+    DetrCriterion,
+    DFINECriterion,
     RTMDetCriterion,
     SSDCriterion,
     YOLOv9Criterion,
@@ -22,7 +24,9 @@ from .losses import (
     L1Loss,
     QualityFocalLoss,
 )
-from .matchers import BoxMatcher
+from .matchers import BoxMatcher, HungarianMatcher
+from .reduction import sum_losses
+from .targets import Targets
 from .vec2box import Vec2Box
 
 __version__ = "0.1.0"
@@ -34,19 +38,24 @@ __all__ = [
     "BoxMatcher",
     "CrossEntropyLoss",
     "CrossSigmoidFocalLoss",
+    "DFINECriterion",
     "DFLoss",
     "DeltaXYWHBBoxCoder",
+    "DetrCriterion",
     "DistancePointBBoxCoder",
     "GIoULoss",
+    "HungarianMatcher",
     "IoULoss",
     "L1Loss",
     "QualityFocalLoss",
     "RTMDetCriterion",
     "SSDCriterion",
+    "Targets",
     "Vec2Box",
     "YOLOXCriterion",
     "YOLOv9Criterion",
     "functional",
     "smooth_l1_loss",
+    "sum_losses",
     "use_backend",
 ]

@@ -1,7 +1,7 @@
 """Which backend runs: the only file that asks about devices, Triton or the environment.
 
-`DETLOSS_BACKEND=auto|triton|torch` is read once, at import. `auto` takes Triton for tensors on a GPU
-where Triton imports, and torch for all else. An explicit `triton` that cannot be honoured raises.
+`DETLOSS_BACKEND=auto|triton|torch` is read once, at import. `auto` takes Triton for tensors on a
+GPU where Triton imports, torch for all else. An explicit `triton` that cannot be honoured raises.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -25,7 +24,7 @@ _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 try:
-    from . import kernels
+    from . import kernels as kernels  # the one place that imports Triton
 
     _no_triton = ""
 except ImportError as error:

@@ -12,7 +12,7 @@ Columns = tuple[Tensor, Tensor, Tensor, Tensor]
 def columns(boxes: Tensor) -> Columns:
     """The four coordinates of (..., 4) boxes, each in memory of its own where that pays.
 
-    Dozens of operations follow on each column: eager, one copy up front makes all of them contiguous.
+    Dozens of operations follow on each column: eager, one copy up front makes them contiguous.
     """
     if not torch.compiler.is_compiling():
         boxes = boxes.movedim(-1, 0).contiguous().movedim(0, -1)

@@ -101,23 +101,22 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from . import selfcheck
+    from .selfcheck import check
 
     device = options.device or _default_device()
     with _backend(options.backend):
         _chosen_backend(device)
-        rows = selfcheck.check(device)
-    header = ("op", "backend", "dtype", "max error", "tolerance", "")
-    table = [header] + [
-        (op, ran, str(dtype).removeprefix("torch."), f"{error:.1e}", f"{allowed:.1e}", verdict)
-        for op, ran, dtype, error, allowed, ok in rows
-        for verdict in ("ok" if ok else "FAILED",)
-    ]
+    rows = [row for row in check(device) if options.backend in (None, "auto", row.backend)]
+    table = [("op", "backend", "dtype", "max error", "tolerance", "")]
+    for row in rows:
+        error, tolerance = f"{row.error:.1e}", f"{row.tolerance:.1e}"
+        table.append(
+            (row.op, row.backend, row.dtype, error, tolerance, "ok" if row.ok else "FAILED")
+        )
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
-    failed = sum(not row[-1] for row in rows)
+    for cells in table:
+        print("  ".join(map(str.ljust, cells, widths)).rstrip())
+    failed = sum(not row.ok for row in rows)
     print(f"{len(rows)} checks on {device}, {failed} failed")
     return EXIT_FAILED_CHECK if failed else 0
 

@@ -109,7 +109,7 @@ def _centre_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class DistancePointBBoxCoder:
-    """Distances from a point to the left, top, right and bottom of its box (FCOS; Tian et al., 2019).
+    """Distances from a point to the sides l, t, r, b of its box (FCOS; Tian et al., 2019).
 
     Args:
         clip_border: whether `decode` clips boxes at `max_shape`.
@@ -127,13 +127,13 @@ class DistancePointBBoxCoder:
         max_dis: float | None = None,
         eps: float = 0.1,
     ) -> Tensor:
-        """ltrb distances (..., 4) from points (..., 2) to boxes (..., 4), clamped to [0, max_dis - eps]."""
+        """Distances (..., 4) from points (..., 2) to boxes (..., 4), within [0, max_dis - eps]."""
         _check_boxes("gt_bboxes", gt_bboxes)
         distances = ltrb(points[..., :2], gt_bboxes)
         return distances if max_dis is None else distances.clamp(0, max_dis - eps)
 
     def decode(self, points: Tensor, pred_bboxes: Tensor, max_shape: MaxShape = None) -> Tensor:
-        """Boxes (..., 4) xyxy from points (..., 2) and ltrb distances (..., 4), clipped at max_shape."""
+        """Boxes (..., 4) xyxy from points (..., 2) and distances (..., 4), clipped at max_shape."""
         _check_boxes("pred_bboxes", pred_bboxes)
         point = points[..., :2].expand(*pred_bboxes.shape[:-1], 2)
         boxes = coding.distance_decode(pred_bboxes, point)

@@ -1,14 +1,13 @@
 """The losses as functions: torchvision's names and argument order where it has them.
 
 Everything computes in float32 (float64 for float64 inputs) and returns that, whatever the input's
-dtype; gradients come back in the input's dtype. Losses are summed where the reduction says so without
-being written out. `reduction` is "none", "mean" or "sum" throughout, and every function raises
+dtype; gradients come back in the input's dtype. Where the reduction sums losses, they are never
+written out. `reduction` is "none", "mean" or "sum" throughout, and every function raises
 ValueError for another, or for shapes that disagree.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .ops import classification, distribution, regression
@@ -230,7 +229,8 @@ def complete_box_iou_loss(
 ) -> Tensor:
     """CIoU loss (Zheng et al., 2020, https://arxiv.org/abs/1911.08287).
 
-    The DIoU loss + alpha v, v = 4 / pi^2 (difference of the aspect angles)^2, alpha = v / (1 - IoU + v).
+    The DIoU loss + alpha v: v = 4 / pi^2 (difference of the aspect angles)^2,
+    alpha = v / (1 - IoU + v).
 
     Args:
         differentiate_alpha: let gradients flow through alpha, as YOLOv9 does; torchvision and the

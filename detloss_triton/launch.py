@@ -1,7 +1,7 @@
 """Launching a row loss: strides, segments, block sizes, partial sums. One style for every kernel.
 
-A kernel's arguments are named after its op's inputs: pointers `p_x`, gradients `p_dx`, strides of the
-outer row, inner row and feature dimension `s_x_o`, `s_x_i`, `s_x_f`, and flags `HAS_X`, `GRAD_X`.
+A kernel's arguments are named after its op's inputs: pointers `p_x`, gradients `p_dx`, strides of
+the outer row, inner row and feature dimension `s_x_o`, `s_x_i`, `s_x_f`, flags `HAS_X`, `GRAD_X`.
 """
 
 from __future__ import annotations
@@ -136,11 +136,14 @@ def _run_contiguous(
 ) -> Tensor:
     """Rows in three or more dimensions that no pair of strides can walk: copy, then run."""
     copies = [None if x is None else x.contiguous() for x in inputs]
-    fresh = [None if g is None else torch.empty_like(x) for g, x in zip(gradients, copies, strict=True)]
+    fresh = [
+        None if g is None or x is None else torch.empty_like(x)
+        for g, x in zip(gradients, copies, strict=True)
+    ]
     weight = None if weight is None else weight.contiguous()
     out = _run(call, weight, tuple(copies), dout, fresh)
     for g, f in zip(gradients, fresh, strict=True):
-        if g is not None:
+        if g is not None and f is not None:
             g.copy_(f)
     return out
 
@@ -152,7 +155,7 @@ def _first(inputs: tuple[Tensor | None, ...]) -> Tensor:
 
 
 def _layout(rows: torch.Size, tensors: list[Tensor]) -> tuple[int, list[tuple[int, int]]] | None:
-    """(inner size, (outer, inner) strides of each tensor) of the rows as two dimensions, if they go.
+    """(inner size, (outer, inner) strides of each tensor): the rows as two dimensions, or None.
 
     Neighbouring dimensions merge where every tensor walks both with one stride.
     """

@@ -2,7 +2,7 @@
 
 Leading dimensions are free: (N, C) as in OTX, or (batch, anchors, C) views that need no copy.
 `forward(..., weight, avg_factor, reduction_override)` is common to them: losses times weight, then
-their mean, their sum, or with avg_factor their sum / (avg_factor + 2^-23), then times `loss_weight`.
+their mean, sum, or with avg_factor their sum / (avg_factor + 2^-23), then times `loss_weight`.
 A box whose weight is 0 adds exactly nothing, whatever it holds.
 """
 
@@ -52,7 +52,7 @@ class CrossEntropyLoss(Loss):
     Args:
         use_sigmoid: see above.
         use_mask: for mask losses, which this library does not have: must be False.
-        class_weight: (C,) factors: of a row by its label, or (sigmoid) of each class's positive part.
+        class_weight: (C,) factors of a row by its label; with sigmoid, of the positive part.
         avg_non_ignore: without avg_factor, a mean is over what is not ignored.
     """
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .ops.matching import task_aligned
+from .ops.assignment import linear_sum_assignment
+from .ops.matching import match_cost, task_aligned
+from .targets import Targets, pack
 
 # Keeps the normalised metric finite for a target that no prediction meets.
 _METRIC_EPS = 1e-9
@@ -120,3 +123,86 @@ class BoxMatcher:
         scores = scores.scatter(2, labels.gather(1, which).unsqueeze(2), score.unsqueeze(2))
         matched = targets.gather(1, which.unsqueeze(2).expand(-1, -1, 4))
         return torch.cat([scores, matched.to(scores.dtype)], -1), valid
+
+
+class HungarianMatcher(nn.Module):
+    """Optimal one-to-one matching of queries and targets (Carion et al., 2020).
+
+    cost = cost_class * focal class cost + cost_bbox * L1 - cost_giou * GIoU, boxes normalised
+    cxcywh, in float32 whatever the inputs; a cost that is not finite counts as 1e10.
+
+    Args:
+        cost_dict: factors {"cost_class", "cost_bbox", "cost_giou"}; those left out are 0.
+        alpha, gamma: of the focal class cost.
+    """
+
+    def __init__(
+        self, cost_dict: dict[str, float | int], alpha: float = 0.25, gamma: float = 2.0
+    ) -> None:
+        super().__init__()
+        unknown = sorted(set(cost_dict) - set(_COSTS))
+        if unknown or not cost_dict:
+            raise ValueError(f"cost_dict must have keys among {_COSTS}, got {sorted(cost_dict)}")
+        self.cost_dict = dict(cost_dict)
+        self.alpha = alpha
+        self.gamma = gamma
+
+    def match(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
+        """(L, B, Q) index of each query's target, -1 for none; all layers and images at once.
+
+        Shapes:
+            logits: (L, B, Q, C). boxes: (L, B, Q, 4) normalised cxcywh.
+        """
+        n_layers, n_images, n_queries = logits.shape[:3]
+        cost = match_cost(
+            *(logits.flatten(0, 1), boxes.flatten(0, 1), targets.labels, targets.boxes),
+            **{name: float(self.cost_dict.get(name, 0.0)) for name in _COSTS},
+            alpha=self.alpha,
+            gamma=self.gamma,
+        )
+        counts = targets.counts.repeat(n_layers)
+        queries = linear_sum_assignment(cost, counts)
+        target = torch.arange(cost.shape[1], device=cost.device).expand_as(queries)
+        out = target.new_full((len(queries), n_queries + 1), -1)
+        # Targets without a query write to one more column, which is cut off.
+        out = out.scatter(1, torch.where(queries >= 0, queries, n_queries), target)
+        return out[:, :n_queries].unflatten(0, (n_layers, n_images))
+
+    def forward(
+        self, outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Per image (query indices ascending, target indices), min(Q, n) pairs.
+
+        Shapes:
+            outputs: "pred_logits" (B, Q, C), "pred_boxes" (B, Q, 4) normalised cxcywh.
+            targets: per image {"labels" (n,), "boxes" (n, 4) normalised cxcywh}.
+        """
+        logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+        (found,) = self.match(logits.unsqueeze(0), boxes.unsqueeze(0), pack(targets))
+        # A stable sort brings the matched queries to the front, in order.
+        order = (found < 0).to(torch.int8).sort(dim=1, stable=True).indices
+        pairs = []
+        for i, target in enumerate(targets):
+            queries = order[i, : min(len(target["labels"]), found.shape[1])]
+            pairs.append((queries, found[i][queries]))
+        return pairs
+
+
+_COSTS = ("cost_class", "cost_bbox", "cost_giou")
+
+
+def union_of_matches(target_of_query: Tensor, n_targets: int) -> Tensor:
+    """(1, B, Q) one target per query from the matches (L, B, Q) of several layers.
+
+    A query takes the target that most layers gave it, of equals the first; -1 where none did.
+    """
+    _, n_images, n_queries = target_of_query.shape
+    index = torch.where(target_of_query >= 0, target_of_query, n_targets).permute(1, 2, 0)
+    count = torch.zeros(
+        n_images, n_queries, n_targets + 1, dtype=torch.int32, device=index.device
+    ).scatter_add(2, index, torch.ones_like(index, dtype=torch.int32))[..., :n_targets]
+    # Count first, then the lowest target: both in one number, whose maximum has no ties.
+    first = torch.arange(n_targets - 1, -1, -1, device=index.device, dtype=torch.int32)
+    best = (count * n_targets + first).amax(2)
+    target = n_targets - 1 - best % n_targets
+    return torch.where(best >= n_targets, target, -1).to(torch.int64).unsqueeze(0)

@@ -54,7 +54,9 @@ class Sample:
 class Op:
     """What the registry holds: name, torch reference, Triton launcher, samples."""
 
-    def __init__(self, reference: Callable[..., Any], samples: Callable[..., Iterator[Any]]) -> None:
+    def __init__(
+        self, reference: Callable[..., Any], samples: Callable[..., Iterator[Any]]
+    ) -> None:
         self.name = reference.__name__
         self.reference = reference
         self.samples = samples
@@ -222,7 +224,7 @@ def compute_dtype(inputs: tuple[Tensor | None, ...]) -> torch.dtype:
 
 
 class _Rows(torch.autograd.Function):
-    """Saves the inputs and nothing else: backward reads them again and writes each gradient once."""
+    """Saves the inputs only: backward reads them again and writes each gradient once."""
 
     @staticmethod
     def forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -35,7 +36,7 @@ def reduced(
 ) -> Tensor:
     """`scale` times the op's weighted losses: each, their mean or sum, or sum / avg_factor.
 
-    A mean is over the losses, weighted or not: over the rows, unless `count` says how many there are.
+    A mean is over the losses, weighted or not: the rows, unless `count` says how many there are.
 
     Raises:
         ValueError: for an unknown reduction, or an avg_factor with "sum".
@@ -62,9 +63,34 @@ def scaled(loss: Tensor, scale: float) -> Tensor:
 
 
 def rank_means(*sums: Tensor) -> list[Tensor]:
-    """The mean over ranks of each 0-dim tensor, in one collective; unchanged on a single process."""
+    """The mean over ranks of each 0-dim tensor, in one collective; on one process as it is."""
     stacked = torch.stack([s.detach().to(torch.float32) for s in sums])
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(stacked)
         stacked = stacked / dist.get_world_size()
     return list(stacked.unbind())
+
+
+def sum_losses(losses: Mapping[str, Any]) -> Tensor:
+    """The total of a criterion's losses, lists over levels or images included, in a few launches.
+
+    An entry called "total_loss" is a summary of the others and is left out.
+
+    Shapes:
+        losses: tensors of any size, or nested lists of them. Returns a 0-dim tensor.
+
+    Raises:
+        ValueError: if there is nothing to sum.
+    """
+    terms = list(_flat([value for name, value in losses.items() if name != "total_loss"]))
+    if not terms:
+        raise ValueError("losses holds no tensor to sum")
+    return torch.cat([term.reshape(-1) for term in terms]).sum()
+
+
+def _flat(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    else:
+        for value in values.values() if isinstance(values, Mapping) else values:
+            yield from _flat(value)

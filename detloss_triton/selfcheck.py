@@ -58,7 +58,7 @@ def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def results(op: Op, sample: Sample, inputs: list[Tensor | None]) -> list[Tensor]:
     """An op's outputs and, for row ops, the gradients of their randomly weighted sum."""
     if isinstance(op, DirectOp):
-        out = op(*inputs, **sample.params)
+        out = op(*(x for x in inputs if x is not None), **sample.params)
         return list(out) if isinstance(out, tuple) else [out]
     assert isinstance(op, RowOp)
     first = inputs[0]

@@ -1,4 +1,4 @@
-"""Losses between pairs of boxes or of coordinates: one row in a lane, nothing shared between rows."""
+"""Losses between pairs of boxes or of coordinates: one row a lane, nothing shared between rows."""
 
 import triton
 import triton.language as tl

@@ -1,10 +1,10 @@
-"""Losses over a discrete distribution per row: a tile holds whole rows, [BR, BK] with BK >= bins."""
+"""Losses over a discrete distribution per row: a tile holds whole rows, [BR, BK], BK >= bins."""
 
 import triton
 import triton.language as tl
 
 from .boxes import row_weight
-from .math import two_bin_and_grad
+from .math import distillation_and_grad, two_bin_and_grad
 from .rows import put_losses, rows_of_program, upstream
 
 
@@ -50,5 +50,35 @@ def two_bin_kernel(
         o_d = (outer * s_dlogits_o + inner * s_dlogits_i)[:, None] + (column * s_dlogits_f)[None, :]
         m_store = m_row[:, None] & m_column[None, :]
         tl.store(p_dlogits + o_d, dx.to(p_dlogits.dtype.element_ty), mask=m_store)
+    else:
+        put_losses(p_out, tl.where(m_used, weight * loss, 0.0), row, m_row, EACH)
+
+
+@triton.jit(do_not_specialize=["n_segment", "n_blocks", "n_inner", "n_features"])
+def distillation_kernel(
+    p_student, p_teacher, p_weight, p_out, p_dout, p_dstudent,
+    s_student_o, s_student_i, s_student_f, s_teacher_o, s_teacher_i, s_teacher_f,
+    s_weight_o, s_weight_i, s_dstudent_o, s_dstudent_i, s_dstudent_f,
+    n_segment, n_blocks, n_inner, n_features,
+    HAS_WEIGHT: tl.constexpr, BACKWARD: tl.constexpr, EACH: tl.constexpr, FLAT: tl.constexpr,
+    BR: tl.constexpr, BK: tl.constexpr, TEMPERATURE: tl.constexpr,
+):  # fmt: skip
+    """A student's distribution pulled towards its teacher's, row by row."""
+    segment, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, FLAT, BR)
+    weight, m_used = row_weight(p_weight, outer, inner, s_weight_o, s_weight_i, m_row, HAS_WEIGHT)
+    column = tl.arange(0, BK).to(tl.int64)
+    m_column = (column < n_features)[None, :]
+    m_tile = m_used[:, None] & m_column
+    o_x = (outer * s_student_o + inner * s_student_i)[:, None] + (column * s_student_f)[None, :]
+    o_t = (outer * s_teacher_o + inner * s_teacher_i)[:, None] + (column * s_teacher_f)[None, :]
+    x = tl.load(p_student + o_x, mask=m_tile, other=0.0).to(tl.float32)
+    t = tl.load(p_teacher + o_t, mask=m_tile, other=0.0).to(tl.float32)
+    loss, dx = distillation_and_grad(x, t, m_column, TEMPERATURE)
+    if BACKWARD:
+        scale = weight * upstream(p_dout, segment, row, m_row, EACH)
+        dx = tl.where(m_tile, scale[:, None] * dx, 0.0)
+        o_d = (outer * s_dstudent_o + inner * s_dstudent_i)[:, None]
+        p_tile = p_dstudent + o_d + (column * s_dstudent_f)[None, :]
+        tl.store(p_tile, dx.to(p_dstudent.dtype.element_ty), mask=m_row[:, None] & m_column)
     else:
         put_losses(p_out, tl.where(m_used, weight * loss, 0.0), row, m_row, EACH)

@@ -3,7 +3,14 @@
 import triton
 import triton.language as tl
 
-from .math import aspect_and_grad, centre_and_grad, iou_and_grad, logistic, power
+from .math import (
+    aspect_and_grad,
+    centre_and_grad,
+    giou_loss_and_grad,
+    iou_and_grad,
+    logistic,
+    power,
+)
 
 
 @triton.jit
@@ -52,10 +59,55 @@ def task_aligned_kernel(
     score = similarity(px1, py1, px2, py2, tx1, ty1, tx2, ty2, IOU, EPS)
     score = tl.where(score > 0.0, tl.where(score > 1.0, 1.0, score), 0.0)
     x = tl.load(p_anchors + anchor * s_anchors_a, mask=m_anchor, other=0.0).to(tl.float32)
-    y = tl.load(p_anchors + anchor * s_anchors_a + s_anchors_f, mask=m_anchor, other=0.0).to(tl.float32)
+    y = tl.load(p_anchors + anchor * s_anchors_a + s_anchors_f, mask=m_anchor, other=0.0).to(
+        tl.float32
+    )
     inside = (x > tx1) & (y > ty1) & (x < tx2) & (y < ty2) & m_anchor
     o_logit = b * s_logits_b + t * s_logits_t + anchor * s_logits_a
     _, p, _ = logistic(tl.load(p_logits + o_logit, mask=m_anchor, other=0.0).to(tl.float32))
     metric = power(score, IOU_POWER) * power(p, CLASS_POWER)
     tl.store(p_metric + pair * n_anchors + anchor, tl.where(inside, metric, 0.0), mask=m_anchor)
     tl.store(p_best + pid, tl.max(tl.where(m_anchor, score, 0.0), axis=0))
+
+
+@triton.jit(do_not_specialize=["n_images", "n_targets", "n_queries", "n_classes", "n_blocks"])
+def match_cost_kernel(
+    p_logits, p_boxes, p_labels, p_targets, p_cost,
+    s_logits_p, s_logits_q, s_logits_c, s_boxes_p, s_boxes_q, s_boxes_f,
+    s_labels_b, s_labels_t, s_targets_b, s_targets_t, s_targets_f,
+    n_images, n_targets, n_queries, n_classes, n_blocks,
+    CLASS: tl.constexpr, L1: tl.constexpr, GIOU: tl.constexpr, ALPHA: tl.constexpr,
+    GAMMA: tl.constexpr, BQ: tl.constexpr,
+):  # fmt: skip
+    """One target of one image of one layer against BQ queries; boxes cxcywh."""
+    pid = tl.program_id(0).to(tl.int64)
+    pair = pid // n_blocks
+    problem = pair // n_targets
+    t = pair - problem * n_targets
+    b = problem % n_images
+    query = (pid - pair * n_blocks) * BQ + tl.arange(0, BQ)
+    m_query = query < n_queries
+    label = tl.load(p_labels + b * s_labels_b + t * s_labels_t)
+    m_class = (label >= 0) & (label < n_classes)
+    p_logit = p_logits + problem * s_logits_p + query * s_logits_q + label * s_logits_c
+    x = tl.load(p_logit, mask=m_query & m_class, other=0.0).to(tl.float32)
+    _, p, q = logistic(x)
+    positive = ALPHA * power(q, GAMMA) * -tl.log(p + 1e-8)
+    negative = (1.0 - ALPHA) * power(p, GAMMA) * -tl.log(q + 1e-8)
+    p_target = p_targets + b * s_targets_b + t * s_targets_t
+    tx = tl.load(p_target).to(tl.float32)
+    ty = tl.load(p_target + s_targets_f).to(tl.float32)
+    tw = tl.load(p_target + 2 * s_targets_f).to(tl.float32)
+    th = tl.load(p_target + 3 * s_targets_f).to(tl.float32)
+    p_box = p_boxes + problem * s_boxes_p + query * s_boxes_q
+    px = tl.load(p_box, mask=m_query, other=0.0).to(tl.float32)
+    py = tl.load(p_box + s_boxes_f, mask=m_query, other=0.0).to(tl.float32)
+    pw = tl.load(p_box + 2 * s_boxes_f, mask=m_query, other=0.0).to(tl.float32)
+    ph = tl.load(p_box + 3 * s_boxes_f, mask=m_query, other=0.0).to(tl.float32)
+    distance = tl.abs(px - tx) + tl.abs(py - ty) + tl.abs(pw - tw) + tl.abs(ph - th)
+    giou, _ = giou_loss_and_grad(
+        px - 0.5 * pw, py - 0.5 * ph, px + 0.5 * pw, py + 0.5 * ph,
+        tx - 0.5 * tw, ty - 0.5 * th, tx + 0.5 * tw, ty + 0.5 * th, 1e-6,
+    )  # fmt: skip
+    cost = CLASS * (positive - negative) + L1 * distance + GIOU * (giou - 1.0)
+    tl.store(p_cost + pair * n_queries + query, cost, mask=m_query)

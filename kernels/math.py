@@ -1,4 +1,4 @@
-"""Pointer-free device functions `<name>_and_grad`: values in, `(loss, gradients...)` out, all float32.
+"""Pointer-free device functions `<name>_and_grad`: values in, (loss, gradients...) out, in float32.
 
 Each is the twin of one torch reference in `detloss_triton/ops`. A caller that drops a result pays
 nothing for it: the compiler removes what is unused. Ties of a minimum or maximum give half of the
@@ -52,9 +52,8 @@ def bce_and_grad(x, t):
 def focal_and_grad(x, t, ALPHA: tl.constexpr, GAMMA: tl.constexpr):
     softplus, p, q = logistic(x)
     wrong = q * t + p * (1.0 - t)
-    if ALPHA < 0:
-        balance = 1.0
-    else:
+    balance = t * 0.0 + 1.0
+    if ALPHA >= 0:
         balance = ALPHA * t + (1.0 - ALPHA) * (1.0 - t)
     bce = softplus - x * t
     loss = balance * power(wrong, GAMMA) * bce
@@ -123,7 +122,7 @@ def smaller(a, b):
 
 @triton.jit
 def atan(x):
-    """Arc tangent to 2 units in the last place: folded to [0, tan(pi/8)], then an odd polynomial."""
+    """Arc tangent to 2 units in the last place: folded to [0, tan(pi/8)], an odd polynomial."""
     size = tl.abs(x)
     steep = size > 1.0
     z = tl.where(steep, 1.0 / tl.where(steep, size, 1.0), size)
@@ -140,7 +139,7 @@ def atan(x):
 
 @triton.jit
 def overlap_1d(p1, p2, t1, t2):
-    """Overlap of the intervals [p1, p2] and [t1, t2], clamped at 0; its derivatives by p1, p2, t1, t2."""
+    """Overlap of [p1, p2] and [t1, t2], clamped at 0; its derivatives by p1, p2, t1, t2."""
     low, by_p1 = larger(p1, t1)
     high, by_p2 = smaller(p2, t2)
     width, clear = at_least(high - low, 0.0)
@@ -157,9 +156,9 @@ def hull_1d(p1, p2, t1, t2):
 
 @triton.jit
 def iou_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS: tl.constexpr, ADD_EPS: tl.constexpr):
-    """IoU, its union, and the gradients by (inter, one area): everything else is the chain rule.
+    """(IoU, union, d IoU by the intersection, d IoU by an area, whether the union is its own).
 
-    union = inter + EPS apart, or at least EPS (`ADD_EPS` false).
+    The union has EPS added (`ADD_EPS`), or is at least EPS.
     """
     w, _, _, _, _ = overlap_1d(px1, px2, tx1, tx2)
     h, _, _, _, _ = overlap_1d(py1, py2, ty1, ty2)
@@ -177,7 +176,7 @@ def iou_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS: tl.constexpr, ADD_
 
 @triton.jit
 def area_chain(px1, py1, px2, py2, tx1, ty1, tx2, ty2, by_inter, by_area):
-    """Gradients by the 8 coordinates of a function of the intersection and of (the sum of) the areas."""
+    """Gradients by the 8 coordinates of a function of the intersection and the sum of the areas."""
     w, wp1, wp2, wt1, wt2 = overlap_1d(px1, px2, tx1, tx2)
     h, hp1, hp2, ht1, ht2 = overlap_1d(py1, py2, ty1, ty2)
     pw = (px2 - px1) * by_area
@@ -199,10 +198,10 @@ def area_chain(px1, py1, px2, py2, tx1, ty1, tx2, ty2, by_inter, by_area):
 
 
 @triton.jit
-def iou_loss_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, MODE: tl.constexpr, EPS: tl.constexpr):
-    iou, _, by_inter, by_area, _ = iou_and_grad(
-        px1, py1, px2, py2, tx1, ty1, tx2, ty2, 1e-6, False
-    )
+def iou_loss_and_grad(
+    px1, py1, px2, py2, tx1, ty1, tx2, ty2, MODE: tl.constexpr, EPS: tl.constexpr
+):
+    iou, _, by_inter, by_area, _ = iou_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, 1e-6, False)
     iou, clear = at_least(iou, EPS)
     if MODE == "log":
         loss = -tl.log(iou)
@@ -277,13 +276,9 @@ def centre_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS: tl.constexpr):
 
 @triton.jit
 def diou_loss_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS: tl.constexpr):
-    iou, _, by_inter, by_area, _ = iou_and_grad(
-        px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS, True
-    )
+    iou, _, by_inter, by_area, _ = iou_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS, True)
     ratio, (a, b, c, d, e, f, g, h) = centre_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS)
-    i, j, k, m, n, o, p, q = area_chain(
-        px1, py1, px2, py2, tx1, ty1, tx2, ty2, -by_inter, -by_area
-    )
+    i, j, k, m, n, o, p, q = area_chain(px1, py1, px2, py2, tx1, ty1, tx2, ty2, -by_inter, -by_area)
     return 1.0 - iou + ratio, (a + i, b + j, c + k, d + m, e + n, f + o, g + p, h + q)
 
 
@@ -311,10 +306,10 @@ def aspect_and_grad(pw, ph, tw, th, iou, EPS: tl.constexpr, ALPHA_GRAD: tl.const
 
 
 @triton.jit
-def ciou_loss_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS: tl.constexpr, ALPHA_GRAD: tl.constexpr):
-    iou, _, by_inter, by_area, _ = iou_and_grad(
-        px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS, True
-    )
+def ciou_loss_and_grad(
+    px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS: tl.constexpr, ALPHA_GRAD: tl.constexpr
+):
+    iou, _, by_inter, by_area, _ = iou_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS, True)
     ratio, (a, b, c, d, e, f, g, h) = centre_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS)
     aspect, by_iou, pw, ph, tw, th = aspect_and_grad(
         px2 - px1, py2 - py1, tx2 - tx1, ty2 - ty1, iou, EPS, ALPHA_GRAD
@@ -337,9 +332,9 @@ def ciou_loss_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS: tl.constexpr
 
 @triton.jit
 def two_bin_and_grad(x, is_left, is_right, weight_left, weight_right):
-    """-(weight_left log p[left] + weight_right log p[right]) over the bins of each row, p = softmax(x).
+    """-(weight_left log p[left] + weight_right log p[right]) of each row, p = softmax(x).
 
-    x [BR, BK] is -inf beyond the last bin; is_left, is_right [BR, BK] mark the bins, weights [BR, 1].
+    x [BR, BK] is -inf beyond the last bin; is_left, is_right [BR, BK] mark bins, weights [BR, 1].
     """
     top = tl.max(x, axis=1)[:, None]
     top = tl.where(top == float("-inf"), 0.0, top)
@@ -355,7 +350,8 @@ def two_bin_and_grad(x, is_left, is_right, weight_left, weight_right):
 def delta_decode_1d(delta, log_ratio, low, high, LIMIT: tl.constexpr, SHIFT: tl.constexpr):
     """One axis of a box decoded from its deltas: (low, high), d low, d high by (delta, log_ratio).
 
-    |log_ratio| is clamped to LIMIT; where SHIFT > 0, the centre's shift to SHIFT and only above LIMIT.
+    |log_ratio| is clamped to LIMIT; where SHIFT > 0 only from above, and the centre moves by SHIFT
+    at most.
     """
     size = high - low
     shift = delta * size
@@ -370,3 +366,22 @@ def delta_decode_1d(delta, log_ratio, low, high, LIMIT: tl.constexpr, SHIFT: tl.
     half = 0.5 * size * tl.exp(ratio)
     centre = 0.5 * (low + high) + shift
     return centre - half, centre + half, slope, tl.where(above | below, 0.0, half)
+
+
+@triton.jit
+def distillation_and_grad(x, t, m_column, TEMPERATURE: tl.constexpr):
+    """T^2 KL(softmax(t / T) || softmax(x / T)) of each row [BR, BK] and its gradient by x."""
+    low = float("-inf")
+    x = tl.where(m_column, x / TEMPERATURE, low)
+    t = tl.where(m_column, t / TEMPERATURE, low)
+    x = x - tl.max(x, axis=1)[:, None]
+    t = t - tl.max(t, axis=1)[:, None]
+    e_x = tl.exp(x)
+    e_t = tl.exp(t)
+    sum_x = tl.sum(e_x, axis=1)[:, None]
+    sum_t = tl.sum(e_t, axis=1)[:, None]
+    p_x = e_x / sum_x
+    p_t = e_t / sum_t
+    gap = (t - tl.log(sum_t)) - (x - tl.log(sum_x))
+    terms = tl.where(m_column & (p_t > 0.0), p_t * gap, 0.0)
+    return TEMPERATURE * TEMPERATURE * tl.sum(terms, axis=1), TEMPERATURE * (p_x - p_t)

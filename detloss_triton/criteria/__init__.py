@@ -1,6 +1,8 @@
 """The criteria, one file each: they match, gather, name and weight; the losses are ops."""
 
 from .atss import ATSSCriterion
+from .detr import DetrCriterion
+from .dfine import DFINECriterion
 from .rtmdet import RTMDetCriterion
 from .ssd import SSDCriterion
 from .yolov9 import YOLOv9Criterion
@@ -8,6 +10,8 @@ from .yolox import YOLOXCriterion
 
 __all__ = [
     "ATSSCriterion",
+    "DFINECriterion",
+    "DetrCriterion",
     "RTMDetCriterion",
     "SSDCriterion",
     "YOLOXCriterion",

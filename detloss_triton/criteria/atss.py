@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..boxes import columns
-from ..losses import CrossEntropyLoss, QualityFocalLoss
-from ..ops.regression import iou_loss
-from ..reduction import rank_means
+from detloss_triton.boxes import columns
+from detloss_triton.losses import CrossEntropyLoss, QualityFocalLoss
+from detloss_triton.ops.regression import iou_loss
+from detloss_triton.reduction import rank_means
+
 from .levels import as_rows, check_levels, is_positive, run
 
 # The quality of a positive whose box misses its target altogether.
@@ -45,8 +46,10 @@ class ATSSCriterion(nn.Module):
     ) -> None:
         super().__init__()
         if use_qfl:
-            is_module = isinstance(qfl_cfg, nn.Module)
-            loss_cls = qfl_cfg if is_module else QualityFocalLoss(**(qfl_cfg or {}))
+            if isinstance(qfl_cfg, nn.Module):
+                loss_cls = qfl_cfg
+            else:
+                loss_cls = QualityFocalLoss(**(qfl_cfg or {}))
         self.num_classes = num_classes
         self.bbox_coder = bbox_coder
         self.use_qfl = use_qfl
@@ -164,7 +167,9 @@ class ATSSCriterion(nn.Module):
         """Per level (N, n): the centerness of positives, 0 elsewhere; all levels in one go."""
         sizes = [level.shape[1] for level in anchors]
         with torch.no_grad():
-            values = self.centerness_target(torch.cat(list(anchors), 1), torch.cat(list(targets), 1))
+            values = self.centerness_target(
+                torch.cat(list(anchors), 1), torch.cat(list(targets), 1)
+            )
             values = torch.where(torch.cat(list(positive), 1), values, 0)
         return list(values.split(sizes, 1))
 

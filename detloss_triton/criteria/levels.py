@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..losses import Loss
+from detloss_triton.losses import Loss
 
 
 def as_rows(x: Tensor, features: int) -> Tensor:
@@ -43,7 +42,7 @@ def run(module: nn.Module, pred: Tensor, target: Any, **kwargs: Any) -> Tensor:
     return module(flat(pred), flat(target), **{k: flat(v) for k, v in kwargs.items()})
 
 
-def check_levels(**levels: Sequence[Tensor]) -> None:
+def check_levels(**levels: Sequence[Any]) -> None:
     """Raise unless every argument is a list of tensors of one common length."""
     lengths = {}
     for name, value in levels.items():
@@ -57,5 +56,3 @@ def check_levels(**levels: Sequence[Tensor]) -> None:
 def is_positive(labels: Tensor, num_classes: int) -> Tensor:
     """Where a label is an object's: in [0, num_classes)."""
     return (labels >= 0) & (labels < num_classes)
-
-

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..reduction import rank_means
+from detloss_triton.reduction import rank_means
+
 from .levels import as_rows, check_levels, is_positive, run
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.distribution import two_bin
-from ..ops.regression import smooth_l1
-from ..reduction import EPS32
+from detloss_triton.ops.distribution import two_bin
+from detloss_triton.ops.regression import smooth_l1
+from detloss_triton.reduction import EPS32
+
 from .levels import is_positive
 
 
@@ -72,7 +73,7 @@ class SSDCriterion(nn.Module):
             norm = avg_factor or 1.0
         each = two_bin(cls_score, labels, None, None, weight=label_weights, keep=2)
         loss_cls = self._mined(each, labels) / norm
-        if self.reg_decoded_bbox:
+        if self.reg_decoded_bbox and self.bbox_coder is not None:
             bbox_pred = self.bbox_coder.decode(anchor, bbox_pred)
         loss_bbox = smooth_l1(
             *(bbox_pred.unsqueeze(-1), bbox_targets.unsqueeze(-1)),

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..boxes import ltrb
-from ..functional import two_bins
-from ..gather import at_anchors
-from ..losses import YOLOV9_EPS, BCELoss, BoxLoss, DFLoss
-from ..matchers import BoxMatcher, Candidates
-from ..ops.classification import binary_cross_entropy
-from ..ops.coding import distance_decode
-from ..ops.distribution import two_bin
-from ..ops.regression import ciou_loss
-from ..vec2box import Level, Vec2Box
+from detloss_triton.boxes import ltrb
+from detloss_triton.functional import two_bins
+from detloss_triton.gather import at_anchors
+from detloss_triton.losses import YOLOV9_EPS, BCELoss, BoxLoss, DFLoss
+from detloss_triton.matchers import BoxMatcher, Candidates
+from detloss_triton.ops.classification import binary_cross_entropy
+from detloss_triton.ops.coding import distance_decode
+from detloss_triton.ops.distribution import two_bin
+from detloss_triton.ops.regression import ciou_loss
+from detloss_triton.vec2box import Level, Vec2Box
 
 
 class YOLOv9Criterion(nn.Module):
@@ -52,6 +52,7 @@ class YOLOv9Criterion(nn.Module):
         self.loss_cls = loss_cls or BCELoss()
         self.loss_dfl = loss_dfl or DFLoss(vec2box, reg_max)
         self.loss_iou = loss_iou or BoxLoss()
+        self.reg_max = reg_max
         self.cls_rate = cls_rate
         self.dfl_rate = dfl_rate
         self.iou_rate = iou_rate
@@ -114,7 +115,7 @@ class YOLOv9Criterion(nn.Module):
             )
         ]
         strangers = None if all(fused) else self._losses_as_otx(heads, targets)
-        if not any(fused):
+        if strangers is not None and not any(fused):
             return strangers
         n_heads = len(heads)
         labels = targets[..., 0].long()
@@ -128,18 +129,16 @@ class YOLOv9Criterion(nn.Module):
             norm = found.score.view(n_heads, -1).sum(1)
             norm = torch.where(norm > 0, norm, 1)
         pairs = _Pairs(self.vec2box, found, gt_boxes.repeat(n_heads, 1, 1))
-        losses = (
-            self._loss_cls(heads, labels.repeat(n_heads, 1), found),
-            pairs.distribution_loss(heads, self.loss_dfl.reg_max),
-            pairs.box_loss(heads),
-        )
-        losses = tuple(loss / norm for loss in losses)
+        cls = self._loss_cls(heads, labels.repeat(n_heads, 1), found) / norm
+        dfl = pairs.distribution_loss(heads, self.reg_max) / norm
+        iou = pairs.box_loss(heads) / norm
         if strangers is None:
-            return losses
-        return tuple(
+            return cls, dfl, iou
+        cls, dfl, iou = (
             ours if is_fused else other
-            for ours, other, is_fused in zip(losses, strangers, fused, strict=True)
+            for ours, other, is_fused in zip((cls, dfl, iou), strangers, fused, strict=True)
         )
+        return cls, dfl, iou
 
     def _loss_cls(
         self, heads: Sequence[Sequence[Level]], labels: Tensor, found: Candidates
@@ -154,8 +153,8 @@ class YOLOv9Criterion(nn.Module):
             [
                 torch.stack(
                     [
-                        binary_cross_entropy(classes.flatten(2).transpose(1, 2), lab[h], sco[h], None)
-                        for (classes, _, _), lab, sco in zip(
+                        binary_cross_entropy(c.flatten(2).transpose(1, 2), lab[h], sco[h], None)
+                        for (c, _, _), lab, sco in zip(
                             head, labels_by_level, scores_by_level, strict=True
                         )
                     ]
@@ -209,7 +208,7 @@ def _logits_of(labels: Tensor, head: Sequence[Level]) -> Tensor:
 
 
 class _Pairs:
-    """The matched slots of all heads, in units of their anchors' strides: what box losses compare."""
+    """The matched slots of all heads, in strides of their anchors: what box losses compare."""
 
     def __init__(self, vec2box: Vec2Box, found: Candidates, gt_boxes: Tensor) -> None:
         self.anchor, self.score = found.anchor, found.score

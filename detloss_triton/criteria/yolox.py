@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..gather import first_set
-from ..losses import CrossEntropyLoss, IoULoss, L1Loss
+from detloss_triton.gather import first_set
+from detloss_triton.losses import CrossEntropyLoss, IoULoss, L1Loss
 
 
 class YOLOXCriterion(nn.Module):

@@ -64,7 +64,7 @@ class ShapeImages:
 
     def draw(self, rng: np.random.Generator) -> Sample:
         """Draw one image holding 1 to `MOST_SHAPES` shapes that overlap little."""
-        boxes: list[Array] = []
+        boxes: list[list[float]] = []
         labels: list[int] = []
         canvas = self._background(rng)
         pen = ImageDraw.Draw(canvas)
@@ -72,12 +72,12 @@ class ShapeImages:
             label = int(rng.integers(len(CLASS_NAMES)))
             for _ in range(PLACING_ATTEMPTS):
                 outline = self._place(rng, CLASS_NAMES[label])
-                box = np.concatenate([outline.min(axis=0), outline.max(axis=0)])
+                box = [*outline.min(axis=0).tolist(), *outline.max(axis=0).tolist()]
                 if all(_overlap(box, other) <= MOST_OVERLAP for other in boxes):
                     break
             else:
                 continue
-            corners = [(float(x), float(y)) for x, y in outline * SUPERSAMPLING]
+            corners = (SUPERSAMPLING * outline).ravel().tolist()
             pen.polygon(corners, fill=_vivid(rng), outline=_dark(rng), width=SUPERSAMPLING)
             boxes.append(box)
             labels.append(label)
@@ -111,9 +111,10 @@ class ShapeImages:
             + rng.integers(-35, 36, (cells, cells, 1))
             + rng.integers(-18, 19, (cells, cells, 3))
         )
-        canvas = Image.fromarray(patches.clip(0, 255).astype(np.uint8)).resize(
-            (side, side), Image.Resampling.BILINEAR
-        )
+        canvas = Image.fromarray(patches.clip(0, 255).astype(np.uint8))
+        canvas = canvas.resize((self.image_size,) * 2, Image.Resampling.BILINEAR)
+        # Smooth patches need no supersampling: the cheapest way up will do.
+        canvas = canvas.resize((side, side), Image.Resampling.NEAREST)
         pen = ImageDraw.Draw(canvas)
         for _ in range(rng.integers(0, 7)):
             grey = int(base + rng.integers(-60, 61))
@@ -122,11 +123,12 @@ class ShapeImages:
         return canvas
 
 
-def _overlap(a: Array, b: Array) -> float:
+def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
     """Intersection over the smaller of two xyxy boxes."""
-    sides = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
-    smaller = min(np.prod(a[2:] - a[:2]), np.prod(b[2:] - b[:2]))
-    return float(np.prod(sides.clip(0)) / smaller)
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a, b
+    width, height = min(ax2, bx2) - max(ax1, bx1), min(ay2, by2) - max(ay1, by1)
+    smaller = min((ax2 - ax1) * (ay2 - ay1), (bx2 - bx1) * (by2 - by1))
+    return max(width, 0.0) * max(height, 0.0) / smaller
 
 
 def _vivid(rng: np.random.Generator) -> tuple[int, int, int]:

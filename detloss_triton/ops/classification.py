@@ -3,7 +3,7 @@
 Every op takes the same inputs. `label` (*rows,) is the index of the target class; an index outside
 [0, classes) is background. `score` (*rows,) is the target at the label, 1 if None. With no label
 (None), every class of a row has the row's score as its target: with one class per row, these are
-dense soft targets. `mask` (*rows, classes) weighs single entries. A row's loss is summed over classes.
+dense soft targets. `mask` (*rows, classes) weighs entries. A row's loss is summed over classes.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import kernels
-from ..launch import TILE, Tile, power_of_2
-from ..op import Input, Sample, row_loss
+from detloss_triton.backend import kernels
+from detloss_triton.launch import TILE, Tile, power_of_2
+from detloss_triton.op import Input, Sample, row_loss
 
 _INPUTS = (
     Input("logits", features=1, grad=True),
@@ -165,7 +165,7 @@ def varifocal(
     alpha: float,
     gamma: float,
 ) -> Tensor:
-    """BCE(x, q) q at the label, softplus(x) alpha p^gamma elsewhere; these factors are constants."""
+    """BCE(x, q) q at the label, softplus(x) alpha p^gamma elsewhere; the factors are constants."""
     scale = _at_label(alpha * logits.detach().sigmoid().pow(gamma), label, score)
     return _summed(_bce(logits, _targets(logits, label, score)) * scale, mask)
 

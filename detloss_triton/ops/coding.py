@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import kernels
-from ..launch import TILE, Tile
-from ..op import Input, Sample, row_map
+from detloss_triton.backend import kernels
+from detloss_triton.launch import TILE, Tile
+from detloss_triton.op import Input, Sample, row_map
 
 
 def _delta_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import kernels
-from ..launch import TILE, Tile, power_of_2
-from ..op import Input, Sample, row_loss
+from detloss_triton.backend import kernels
+from detloss_triton.launch import TILE, Tile, power_of_2
+from detloss_triton.op import Input, Sample, row_loss
 
 # A program holds whole rows; wider ones would spill.
 MAX_BINS = 16384
@@ -58,9 +58,44 @@ def two_bin(
 
 @two_bin.triton
 def _(logits: Tensor, left: Any, weight_left: Any, weight_right: Any) -> Tile:
+    return _whole_rows(kernels.distributions.two_bin_kernel, logits)
+
+
+def _whole_rows(kernel: Any, logits: Tensor, **constants: Any) -> Tile:
     bins = power_of_2(logits.shape[-1])
     if bins > MAX_BINS:
         raise ValueError(f"logits has {logits.shape[-1]} bins, the kernel takes {MAX_BINS}")
-    return Tile(
-        kernels.distributions.two_bin_kernel, rows=max(TILE // bins, 1), constants={"BK": bins}
+    return Tile(kernel, rows=max(TILE // bins, 1), constants={"BK": bins, **constants})
+
+
+def _distillation_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
+    for bins in (33, 17, 1):
+        student = torch.randn(rows, bins, generator=generator) * 3
+        teacher = torch.randn(rows, bins, generator=generator) * 3
+        teacher[: rows // 5, 0] = 100.0
+        weight = torch.rand(rows, generator=generator)
+        yield Sample((student, teacher), {"temperature": 5.0}, weight)
+
+
+@row_loss(
+    Input("student", features=1, grad=True),
+    Input("teacher", features=1),
+    samples=_distillation_samples,
+)
+def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)).
+
+    = T^2 (sum_i p_i (t_i - x_i) + logsumexp(x) - logsumexp(t)): in this form a student that equals
+    its teacher has a gradient of exactly 0, and not the rounding error of sum p = 1.
+    """
+    x, t = student / temperature, teacher / temperature
+    norm_x, norm_t = x.logsumexp(-1), t.logsumexp(-1)
+    p = (t - norm_t.unsqueeze(-1)).exp()
+    return temperature**2 * ((p * (t - x)).sum(-1) + (norm_x - norm_t))
+
+
+@distillation.triton
+def _(student: Tensor, teacher: Tensor, temperature: float) -> Tile:
+    return _whole_rows(
+        kernels.distributions.distillation_kernel, student, TEMPERATURE=float(temperature)
     )

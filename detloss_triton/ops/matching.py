@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import backend, blocks
-from ..backend import kernels
-from ..boxes import columns
-from ..op import Sample, direct
-from .regression import added_iou, centre_term, ciou
+from detloss_triton import backend, blocks
+from detloss_triton.backend import kernels
+from detloss_triton.boxes import Columns, columns
+from detloss_triton.op import Sample, direct
+
+from .regression import added_iou, centre_term, ciou, giou
 
 # YOLOv9's own; small enough that in float32 it only keeps 0 / 0 away.
 _EPS = 1e-9
@@ -66,8 +68,7 @@ def task_aligned(
     for image in blocks.slices(n_images, n_targets * n_anchors, boxes.device):
         for rows in blocks.slices(n_targets, n_anchors, boxes.device):
             at = (image, rows)
-            p = tuple(c[image] for c in all_boxes)
-            t = tuple(c[at] for c in all_targets)
+            p, t = _at(all_boxes, image), _at(all_targets, at)
             score = _SIMILARITY[iou](p, t).clamp(0, 1)
             inside = (x > t[0]) & (y > t[1]) & (x < t[2]) & (y < t[3])
             pair = score.pow(iou_power) * logits[at].to(dtype).sigmoid().pow(class_power)
@@ -124,3 +125,128 @@ def _(
         BA=block,
     )
     return metric, best.amax(-1)
+
+
+# Under the logarithms of the class cost, as every DETR since the first adds it.
+_LOG_EPS = 1e-8
+_GIOU_EPS = 1e-6
+
+
+def _cost_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
+    def boxes(*shape: int) -> Tensor:
+        return 0.1 + 0.8 * torch.rand(*shape, 4, generator=generator)
+
+    logits = torch.randn(4, rows, 5, generator=generator) * 3
+    labels = torch.randint(-1, 5, (2, 3), generator=generator)
+    params = {"cost_class": 2.0, "cost_bbox": 5.0, "cost_giou": 2.0, "alpha": 0.25}
+    yield Sample((logits, boxes(4, rows), labels, boxes(2, 3)), params | {"gamma": 2.0})
+    yield Sample((logits, boxes(4, rows), labels, boxes(2, 3)), params | {"gamma": 1.5})
+
+
+@direct(samples=_cost_samples)
+def match_cost(
+    logits: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    targets: Tensor,
+    cost_class: float,
+    cost_bbox: float,
+    cost_giou: float,
+    alpha: float,
+    gamma: float,
+) -> Tensor:
+    """What it costs to match each target with each query (Carion et al., 2020; Zhang et al., 2022).
+
+    cost_class (a (1-p)^g (-log(p + 1e-8)) - (1-a) p^g (-log(1-p + 1e-8))) + cost_bbox L1
+    - cost_giou GIoU.
+
+    Shapes:
+        logits (P, Q, C), boxes (P, Q, 4) cxcywh: P = layers * B problems, layer by layer.
+        labels (B, T), targets (B, T, 4) cxcywh; an impossible label costs what a logit of 0 does.
+        Returns (P, T, Q), float32 (float64 for float64 inputs) whatever autocast says.
+    """
+    dtype = torch.float64 if boxes.dtype == torch.float64 else torch.float32
+    n_problems, n_queries, n_classes = logits.shape
+    n_images, n_targets = labels.shape
+    cost = boxes.new_empty((n_problems, n_targets, n_queries), dtype=dtype)
+    if cost.numel() == 0:
+        return cost
+    shape = (n_problems // n_images, n_images)
+    by_layer = cost.view(*shape, n_targets, n_queries)
+    logits, boxes = logits.unflatten(0, shape), boxes.unflatten(0, shape)
+    is_class = (labels >= 0) & (labels < n_classes)
+    index = torch.where(is_class, labels, 0).unsqueeze(1)
+    t = [c.unsqueeze(-1) for c in columns(targets.to(dtype))]
+    t_corners = _corners(t)
+    for layer in range(shape[0]):
+        p = [c.unsqueeze(1) for c in columns(boxes[layer].to(dtype))]
+        p_corners = _corners(p)
+        x = logits[layer].gather(2, index.expand(-1, n_queries, -1)).transpose(1, 2).to(dtype)
+        x = torch.where(is_class.unsqueeze(-1), x, 0)
+        for image in blocks.slices(n_images, n_targets * n_queries, boxes.device):
+            pos, neg = x[image].sigmoid(), (-x[image]).sigmoid()
+            pair_cost = cost_class * (
+                (1 - alpha) * pos.pow(gamma) * (neg + _LOG_EPS).log()
+                - alpha * neg.pow(gamma) * (pos + _LOG_EPS).log()
+            )
+            for a, b in zip(p, t, strict=True):
+                pair_cost += cost_bbox * (a[image] - b[image]).abs()
+            pair_cost -= cost_giou * giou(_at(p_corners, image), _at(t_corners, image), _GIOU_EPS)
+            by_layer[layer, image] = pair_cost
+    return cost
+
+
+def _corners(c: Sequence[Tensor]) -> Columns:
+    x, y, w, h = c
+    return x - w / 2, y - h / 2, x + w / 2, y + h / 2
+
+
+def _at(c: Columns, index: Any) -> Columns:
+    return c[0][index], c[1][index], c[2][index], c[3][index]
+
+
+@match_cost.triton
+def _(
+    logits: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    targets: Tensor,
+    cost_class: float,
+    cost_bbox: float,
+    cost_giou: float,
+    alpha: float,
+    gamma: float,
+) -> Tensor:
+    n_problems, n_queries, n_classes = logits.shape
+    n_images, n_targets = labels.shape
+    cost = boxes.new_empty((n_problems, n_targets, n_queries), dtype=torch.float32)
+    if cost.numel() == 0:
+        return cost
+    block = 256
+    n_blocks = -(-n_queries // block)
+    backend.launch(
+        kernels.matching.match_cost_kernel,
+        (n_problems * n_targets * n_blocks,),
+        boxes.device,
+        p_logits=logits,
+        p_boxes=boxes,
+        p_labels=labels,
+        p_targets=targets,
+        p_cost=cost,
+        **dict(zip(("s_logits_p", "s_logits_q", "s_logits_c"), logits.stride(), strict=True)),
+        **dict(zip(("s_boxes_p", "s_boxes_q", "s_boxes_f"), boxes.stride(), strict=True)),
+        **dict(zip(("s_labels_b", "s_labels_t"), labels.stride(), strict=True)),
+        **dict(zip(("s_targets_b", "s_targets_t", "s_targets_f"), targets.stride(), strict=True)),
+        n_images=n_images,
+        n_targets=n_targets,
+        n_queries=n_queries,
+        n_classes=n_classes,
+        n_blocks=n_blocks,
+        CLASS=float(cost_class),
+        L1=float(cost_bbox),
+        GIOU=float(cost_giou),
+        ALPHA=float(alpha),
+        GAMMA=float(gamma),
+        BQ=block,
+    )
+    return cost

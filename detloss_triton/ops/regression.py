@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import kernels
-from ..boxes import Columns, area, columns, hull, overlap
-from ..launch import TILE, Tile, power_of_2
-from ..op import Input, Sample, row_loss
+from detloss_triton.backend import kernels
+from detloss_triton.boxes import Columns, area, columns, hull, overlap
+from detloss_triton.launch import TILE, Tile, power_of_2
+from detloss_triton.op import Input, Sample, row_loss
 
 # The union's floor under the plain IoU, whatever the floor of the IoU itself.
 UNION_EPS = 1e-6
@@ -61,6 +61,14 @@ def _iou(p: Columns, t: Columns, eps: float) -> tuple[Tensor, Tensor]:
     inter = overlap(p, t)
     union = (area(p) + area(t) - inter).clamp(min=eps)
     return inter / union, union
+
+
+def giou(p: Columns, t: Columns, eps: float) -> Tensor:
+    """Generalised IoU of broadcastable columns; union and hull at least eps."""
+    iou, union = _iou(p, t, eps)
+    width, height = hull(p, t)
+    enclosing = (width.clamp(min=0) * height.clamp(min=0)).clamp(min=eps)
+    return iou - (enclosing - union) / enclosing
 
 
 def centre_term(p: Columns, t: Columns, eps: float) -> Tensor:
@@ -122,11 +130,7 @@ def _(pred: Tensor, target: Tensor, mode: str, eps: float) -> Tile:
 @row_loss(*_INPUTS, samples=_box_samples({"eps": 1e-6}), skip=True)
 def giou_loss(pred: Tensor, target: Tensor, eps: float) -> Tensor:
     """1 - IoU + (hull - union) / hull."""
-    p, t = columns(pred), columns(target)
-    iou, union = _iou(p, t, eps)
-    width, height = hull(p, t)
-    enclosing = (width.clamp(min=0) * height.clamp(min=0)).clamp(min=eps)
-    return 1 - iou + (enclosing - union) / enclosing
+    return 1 - giou(columns(pred), columns(target), eps)
 
 
 @giou_loss.triton

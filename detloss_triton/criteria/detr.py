@@ -1,0 +1,152 @@
+"""DETR with varifocal classification, as in RT-DETR: matched layers and denoising."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detloss_triton.matchers import HungarianMatcher
+from detloss_triton.reduction import EPS32
+from detloss_triton.targets import Targets
+
+from .set_prediction import (
+    Indices,
+    Layers,
+    Matched,
+    Output,
+    box_losses,
+    classification_losses,
+    count_boxes,
+    denoising_map,
+    get_cdn_matched_indices,
+    iou_of,
+    map_of_indices,
+    matched_targets,
+    named_losses,
+    prepare,
+    stack_layers,
+)
+
+MATCHING_COSTS = {"cost_class": 2.0, "cost_bbox": 5.0, "cost_giou": 2.0}
+
+
+class DetrCriterion(nn.Module):
+    """Losses of RT-DETR (Zhao et al., 2023, https://arxiv.org/abs/2304.08069).
+
+    Args:
+        weight_dict: factors of "loss_vfl", "loss_bbox", "loss_giou"; a loss without one has 1.
+        alpha, gamma: of the varifocal loss.
+        num_classes: number of classes C.
+    """
+
+    get_cdn_matched_indices = staticmethod(get_cdn_matched_indices)
+
+    def __init__(
+        self,
+        weight_dict: dict[str, int | float],
+        alpha: float = 0.2,
+        gamma: float = 2.0,
+        num_classes: int = 80,
+    ) -> None:
+        super().__init__()
+        self.weight_dict = weight_dict
+        self.matcher = HungarianMatcher(MATCHING_COSTS)
+        self.alpha = alpha
+        self.gamma = gamma
+        self.num_classes = num_classes
+
+    def prepare(
+        self,
+        targets: Sequence[Mapping[str, Tensor]],
+        dn_meta: Mapping[str, Any] | None = None,
+    ) -> tuple[Targets, dict[str, Any] | None]:
+        """Targets and dn_meta as `forward` packs them: call it outside a compiled region."""
+        return prepare(targets, dn_meta)
+
+    def forward(
+        self,
+        outputs: dict[str, Any],
+        targets: Targets | Sequence[Mapping[str, Tensor]],
+        num_boxes: float | Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses of all layers, each with its own matching.
+
+        Args:
+            outputs: {"pred_logits" (B, Q, C), "pred_boxes" (B, Q, 4) normalised cxcywh}, and
+                optionally "aux_outputs", a list of such dictionaries, and "dn_aux_outputs", one
+                over denoising queries, with "dn_meta" = {"dn_positive_idx": per image (n * groups,)
+                query indices, "dn_num_group"}. Nothing is written to it.
+            targets: per image {"labels" (n,), "boxes" (n, 4) normalised cxcywh}, or `Targets`.
+            num_boxes: normaliser; by default the number of boxes averaged over ranks, at least 1.
+
+        Returns:
+            "loss_vfl", "loss_bbox", "loss_giou", and these with suffixes `_aux_i`, `_dn_i`; 0-dim.
+
+        Raises:
+            ValueError: for missing entries, layers of different shapes, "dn_aux_outputs" without
+                "dn_meta", or positives that are not one per box and group.
+        """
+        if outputs.get("dn_aux_outputs") and outputs.get("dn_meta") is None:
+            raise ValueError("outputs has 'dn_aux_outputs' and so must have 'dn_meta'")
+        packed, dn_meta = prepare(targets, outputs.get("dn_meta"))
+        norm = count_boxes(packed, num_boxes).to(outputs["pred_logits"].device)
+        aux = outputs.get("aux_outputs", ())
+        layers = stack_layers([("", outputs), *((f"_aux_{i}", o) for i, o in enumerate(aux))])
+        own = self.matcher.match(layers.logits, layers.boxes, packed)
+        losses = self._losses(layers, matched_targets(own, packed), norm)
+        denoising = outputs.get("dn_aux_outputs")
+        if denoising:
+            assert dn_meta is not None
+            layers = stack_layers([(f"_dn_{i}", o) for i, o in enumerate(denoising)])
+            given = matched_targets(denoising_map(dn_meta, layers.logits.shape[2]), packed)
+            losses |= self._losses(layers, given, norm * dn_meta["dn_num_group"])
+        return losses
+
+    def _losses(self, layers: Layers, found: Matched, norm: Tensor) -> dict[str, Tensor]:
+        iou = iou_of(layers.boxes, found)
+        vfl = classification_losses(layers.logits, iou, found, self.alpha, self.gamma)
+        distance, overlap = box_losses(layers.boxes, found)
+        values = {
+            "loss_giou": overlap / (norm + EPS32),
+            "loss_bbox": distance / (norm + EPS32),
+            "loss_vfl": vfl / norm,
+        }
+        return named_losses(values, dict.fromkeys(values, 1.0) | self.weight_dict, layers.suffixes)
+
+    def loss_labels_vfl(
+        self,
+        outputs: Output,
+        targets: Sequence[Mapping[str, Tensor]],
+        indices: Indices,
+        num_boxes: float | Tensor,
+    ) -> dict[str, Tensor]:
+        """Varifocal loss of one layer matched by `indices`, per image (queries, targets)."""
+        return self._some(outputs, targets, indices, num_boxes, "loss_vfl")
+
+    def loss_boxes(
+        self,
+        outputs: Output,
+        targets: Sequence[Mapping[str, Tensor]],
+        indices: Indices,
+        num_boxes: float | Tensor,
+    ) -> dict[str, Tensor]:
+        """L1 and GIoU losses of one layer matched by `indices`, per image (queries, targets)."""
+        return self._some(outputs, targets, indices, num_boxes, "loss_bbox", "loss_giou")
+
+    def _some(
+        self,
+        outputs: Output,
+        targets: Sequence[Mapping[str, Tensor]],
+        indices: Indices,
+        num_boxes: float | Tensor,
+        *names: str,
+    ) -> dict[str, Tensor]:
+        packed, _ = prepare(targets, None)
+        layers = stack_layers([("", outputs)])
+        found = matched_targets(map_of_indices(indices, layers.logits.shape[2]), packed)
+        norm = torch.as_tensor(num_boxes, dtype=torch.float32, device=layers.logits.device)
+        losses = self._losses(layers, found, norm)
+        return {name: losses[name] for name in names}

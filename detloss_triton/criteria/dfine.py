@@ -1,0 +1,362 @@
+"""D-FINE: varifocal classification, boxes, fine-grained localisation and its self-distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detloss_triton.boxes import cxcywh_to_xyxy, ltrb
+from detloss_triton.matchers import HungarianMatcher, union_of_matches
+from detloss_triton.ops.distribution import distillation, two_bin
+from detloss_triton.targets import Targets
+
+from .detr import MATCHING_COSTS
+from .set_prediction import (
+    Indices,
+    Layers,
+    Matched,
+    Output,
+    box_losses,
+    classification_losses,
+    count_boxes,
+    denoising_map,
+    get_cdn_matched_indices,
+    iou_of,
+    map_of_indices,
+    matched_targets,
+    named_losses,
+    prepare,
+    stack_layers,
+)
+
+_TEMPERATURE = 5.0
+# The distillation's means weigh as the square roots of their sizes, counted per batch of 8.
+_REFERENCE_BATCH = 8
+_SIZE_EPS = 1e-16
+
+
+class DFINECriterion(nn.Module):
+    """Losses of D-FINE (Peng et al., 2024, https://arxiv.org/abs/2410.13842).
+
+    Args:
+        weight_dict: factors of "loss_vfl", "loss_bbox", "loss_giou", "loss_fgl", "loss_ddf"; a loss
+            without one is not returned.
+        alpha, gamma: of the varifocal loss.
+        num_classes: number of classes C.
+        reg_max: bins of a side's distribution less one, even.
+    """
+
+    get_cdn_matched_indices = staticmethod(get_cdn_matched_indices)
+
+    def __init__(
+        self,
+        weight_dict: dict[str, int | float],
+        alpha: float = 0.2,
+        gamma: float = 2.0,
+        num_classes: int = 80,
+        reg_max: int = 32,
+    ) -> None:
+        super().__init__()
+        if reg_max < 4 or reg_max % 2:
+            raise ValueError(f"reg_max must be even and at least 4, got {reg_max}")
+        self.weight_dict = weight_dict
+        self.matcher = HungarianMatcher(MATCHING_COSTS)
+        self.alpha = alpha
+        self.gamma = gamma
+        self.num_classes = num_classes
+        self.reg_max = reg_max
+
+    def prepare(
+        self,
+        targets: Sequence[Mapping[str, Tensor]],
+        dn_meta: Mapping[str, Any] | None = None,
+    ) -> tuple[Targets, dict[str, Any] | None]:
+        """Targets and dn_meta as `forward` packs them: call it outside a compiled region."""
+        return prepare(targets, dn_meta)
+
+    def forward(
+        self,
+        outputs: dict[str, Any],
+        targets: Targets | Sequence[Mapping[str, Tensor]],
+        num_boxes: float | Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses of all layers.
+
+        Classes follow each layer's own matching; boxes and distributions the union of the matches
+        of all layers but denoising ones, whose pairs are given.
+
+        Args:
+            outputs: "pred_logits" (B, Q, C), "pred_boxes" (B, Q, 4) normalised cxcywh, "up" and
+                "reg_scale" (1,); for distributions "pred_corners" (B, Q, 4 (reg_max + 1)) and
+                "ref_points" (B, Q, 4) normalised cxcywh, and where a layer is distilled
+                "teacher_corners" and "teacher_logits". Optional further layers with the same
+                entries: "aux_outputs", "enc_aux_outputs", "dn_outputs" (lists), "pre_outputs",
+                "dn_pre_outputs". Denoising needs "dn_meta" = {"dn_positive_idx": per image
+                (n * groups,) query indices, "dn_num_group"}. Nothing is written to it.
+            targets: per image {"labels" (n,), "boxes" (n, 4) normalised cxcywh}, or `Targets`.
+            num_boxes: normaliser; by default the number of boxes averaged over ranks, at least 1.
+
+        Returns:
+            The weighted losses, suffixed `_aux_i`, `_pre`, `_enc_i`, `_dn_i`, `_dn_pre`; 0-dim.
+
+        Raises:
+            ValueError: for missing entries, layers of different shapes, denoising outputs without
+                "dn_meta", or positives that are not one per box and group.
+        """
+        main, denoising = _named_layers(outputs)
+        if denoising and outputs.get("dn_meta") is None:
+            raise ValueError("outputs has denoising layers and so must have 'dn_meta'")
+        packed, dn_meta = prepare(targets, outputs.get("dn_meta"))
+        norm = count_boxes(packed, num_boxes).to(outputs["pred_logits"].device)
+        layers = stack_layers(main)
+        own = self.matcher.match(layers.logits, layers.boxes, packed)
+        union = matched_targets(union_of_matches(own, packed.labels.shape[1]), packed)
+        union_norm = union.matched.sum().clamp(min=1)
+        balance = _balance(union.matched)
+        bins = self._bins(outputs)
+        losses = self._losses(
+            layers, matched_targets(own, packed), norm, union, union_norm, balance, bins
+        )
+        if denoising:
+            assert dn_meta is not None
+            layers = stack_layers(denoising)
+            given = matched_targets(denoising_map(dn_meta, layers.logits.shape[2]), packed)
+            norm = norm * max(dn_meta["dn_num_group"], 1)
+            losses |= self._losses(layers, given, norm, given, norm, balance, bins)
+        return losses
+
+    def _bins(self, outputs: Output) -> tuple[Tensor, Tensor] | None:
+        """(bin positions, reg_scale), where the outputs have what it takes."""
+        if "up" not in outputs or "reg_scale" not in outputs:
+            return None
+        return bin_positions(self.reg_max, outputs["up"], outputs["reg_scale"]), outputs[
+            "reg_scale"
+        ]
+
+    def _losses(
+        self,
+        layers: Layers,
+        own: Matched,
+        norm: Tensor,
+        union: Matched,
+        union_norm: Tensor,
+        balance: Tensor,
+        bins: tuple[Tensor, Tensor] | None,
+    ) -> dict[str, Tensor]:
+        """Losses of layers of one kind; `balance` is what the distillation's two means weigh."""
+        iou = iou_of(layers.boxes, own)
+        vfl = classification_losses(layers.logits, iou, own, self.alpha, self.gamma)
+        distance, overlap = box_losses(layers.boxes, union)
+        values = {
+            "loss_vfl": vfl / norm,
+            "loss_bbox": distance / union_norm,
+            "loss_giou": overlap / union_norm,
+        }
+        losses = named_losses(values, self.weight_dict, layers.suffixes)
+        iou = iou if own is union else iou_of(layers.boxes, union)
+        return losses | self._local(layers, union, iou, union_norm, balance, bins)
+
+    def _local(
+        self,
+        layers: Layers,
+        found: Matched,
+        iou: Tensor,
+        norm: Tensor,
+        balance: Tensor,
+        bins: tuple[Tensor, Tensor] | None,
+        temperature: float = _TEMPERATURE,
+    ) -> dict[str, Tensor]:
+        """Localisation and distillation losses of the layers that have distributions."""
+        with_corners = [i for i, o in enumerate(layers.outputs) if "pred_corners" in o]
+        if not with_corners:
+            return {}
+        if bins is None:
+            raise ValueError("outputs has 'pred_corners' and so must have 'up' and 'reg_scale'")
+        n_sides = (4, self.reg_max + 1)
+        corners = layers.stacked("pred_corners", with_corners).unflatten(-1, n_sides)
+        points = layers.stacked("ref_points", with_corners).detach()
+        left, right_weight = box_bins(points, found.boxes, *bins)
+        used = (iou * found.matched)[with_corners]
+        weight = used.unsqueeze(-1).expand(left.shape)
+        fgl = two_bin(corners, left, 1 - right_weight, right_weight, weight=weight, keep=1) / norm
+        losses = named_losses(
+            {"loss_fgl": fgl}, self.weight_dict, [layers.suffixes[i] for i in with_corners]
+        )
+        taught = [i for i in with_corners if "teacher_corners" in layers.outputs[i]]
+        if taught:
+            teacher = layers.stacked("teacher_corners", taught).detach().unflatten(-1, n_sides)
+            confidence = layers.stacked("teacher_logits", taught).detach().amax(-1).sigmoid()
+            student = corners[[with_corners.index(i) for i in taught]]
+            weight = torch.where(found.matched, iou[taught], confidence.to(iou.dtype))
+            weight = weight * _shares(found.matched, balance)
+            ddf = distillation(
+                *(student, teacher.expand(student.shape)),
+                weight=weight.unsqueeze(-1).expand(student.shape[:-1]).contiguous(),
+                keep=1,
+                temperature=temperature,
+            )
+            losses |= named_losses(
+                {"loss_ddf": ddf}, self.weight_dict, [layers.suffixes[i] for i in taught]
+            )
+        return losses
+
+    def loss_labels_vfl(
+        self,
+        outputs: Output,
+        targets: Sequence[Mapping[str, Tensor]],
+        indices: Indices,
+        num_boxes: float | Tensor,
+    ) -> dict[str, Tensor]:
+        """Varifocal loss of one layer matched by `indices`, without its weight."""
+        layers, found, norm = self._one(outputs, targets, indices, num_boxes)
+        iou = iou_of(layers.boxes, found)
+        vfl = classification_losses(layers.logits, iou, found, self.alpha, self.gamma)
+        return {"loss_vfl": (vfl / norm).squeeze(0)}
+
+    def loss_boxes(
+        self,
+        outputs: Output,
+        targets: Sequence[Mapping[str, Tensor]],
+        indices: Indices,
+        num_boxes: float | Tensor,
+    ) -> dict[str, Tensor]:
+        """L1 and GIoU losses of one layer matched by `indices`, without their weights."""
+        layers, found, norm = self._one(outputs, targets, indices, num_boxes)
+        distance, overlap = box_losses(layers.boxes, found)
+        return {
+            "loss_bbox": (distance / norm).squeeze(0),
+            "loss_giou": (overlap / norm).squeeze(0),
+        }
+
+    def loss_local(
+        self,
+        outputs: Output,
+        targets: Sequence[Mapping[str, Tensor]],
+        indices: Indices,
+        num_boxes: float | Tensor,
+        temperature: float = _TEMPERATURE,
+    ) -> dict[str, Tensor]:
+        """Localisation and distillation losses of one layer matched by `indices`, unweighted."""
+        layers, found, norm = self._one(outputs, targets, indices, num_boxes)
+        iou = iou_of(layers.boxes, found)
+        plain = DFINECriterion({"loss_fgl": 1.0, "loss_ddf": 1.0}, reg_max=self.reg_max)
+        return plain._local(
+            *(layers, found, iou, norm, _balance(found.matched), self._bins(outputs)),
+            temperature=temperature,
+        )
+
+    def _one(
+        self,
+        outputs: Output,
+        targets: Sequence[Mapping[str, Tensor]],
+        indices: Indices,
+        num_boxes: float | Tensor,
+    ) -> tuple[Layers, Matched, Tensor]:
+        packed, _ = prepare(targets, None)
+        layers = stack_layers([("", outputs)])
+        found = matched_targets(map_of_indices(indices, layers.logits.shape[2]), packed)
+        norm = torch.as_tensor(num_boxes, dtype=torch.float32, device=layers.logits.device)
+        return layers, found, norm
+
+    @staticmethod
+    def fgl_loss(
+        preds: Tensor,
+        targets: Tensor,
+        weight_right: Tensor,
+        weight_left: Tensor,
+        iou_weight: Tensor | None = None,
+        reduction: str = "sum",
+        avg_factor: float | Tensor | None = None,
+    ) -> Tensor:
+        """Fine-grained localisation loss: cross-entropy with the two bins around each target.
+
+        Args:
+            reduction: "none", "mean" or "sum"; with avg_factor the sum over avg_factor.
+
+        Shapes:
+            preds (N, bins) logits; targets (N,) positions in bins, of which the floor is the left
+            bin; weight_right, weight_left, iou_weight (N,).
+        """
+        left = targets.detach().long()
+        weight = None if iou_weight is None else iou_weight.detach()
+        losses = two_bin(preds, left, weight_left, weight_right, weight=weight, keep=1)
+        if avg_factor is not None:
+            return losses.sum() / avg_factor
+        if reduction == "none":
+            return losses
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be one of none, mean, sum, got {reduction!r}")
+        return losses.mean() if reduction == "mean" else losses.sum()
+
+
+def _named_layers(
+    outputs: Output,
+) -> tuple[list[tuple[str, Output]], list[tuple[str, Output]]]:
+    """(suffix, output) of the layers that are matched, and of the denoising ones."""
+    main = [("", outputs)]
+    main += [(f"_aux_{i}", o) for i, o in enumerate(outputs.get("aux_outputs", ()))]
+    if "pre_outputs" in outputs:
+        main.append(("_pre", outputs["pre_outputs"]))
+    main += [(f"_enc_{i}", o) for i, o in enumerate(outputs.get("enc_aux_outputs", ()))]
+    denoising = [(f"_dn_{i}", o) for i, o in enumerate(outputs.get("dn_outputs", ()))]
+    if denoising and "dn_pre_outputs" in outputs:
+        denoising.append(("_dn_pre", outputs["dn_pre_outputs"]))
+    return main, denoising
+
+
+def _balance(matched: Tensor) -> Tensor:
+    """(2,) what the distillation's means over matched and other sides weigh: a and b over a + b."""
+    n_images, n_queries = matched.shape[-2:]
+    n_matched = 4.0 * matched.sum()
+    sizes = torch.stack([n_matched, 4.0 * n_images * n_queries - n_matched])
+    roots = (sizes * (_REFERENCE_BATCH / n_images)).sqrt()
+    return roots / roots.sum()
+
+
+def _shares(matched: Tensor, balance: Tensor) -> Tensor:
+    """(..., B, Q) each side's factor, so that a weighted sum is the balanced sum of two means."""
+    n_matched = 4.0 * matched.sum()
+    n_others = 4.0 * matched.numel() - n_matched
+    at_matched, at_others = (balance / torch.stack([n_matched, n_others]).clamp(min=1)).unbind()
+    return torch.where(matched, at_matched, at_others)
+
+
+def bin_positions(reg_max: int, up: Tensor, reg_scale: Tensor) -> Tensor:
+    """(reg_max + 1,) W(n), the distances the bins stand for.
+
+    [-2u, 1 - s^(R/2-1), ..., 1 - s, 0, s - 1, ..., s^(R/2-1) - 1, 2u] with u = |up| |reg_scale| and
+    s = (u + 1)^(2 / (R - 2)): fine near 0, coarse far off.
+    """
+    u = (up.detach().to(torch.float32).abs() * reg_scale.detach().to(torch.float32).abs()).view(())
+    n = torch.arange(reg_max + 1, device=up.device) - reg_max // 2
+    size = (u + 1).pow(2 / (reg_max - 2)).pow(n.abs()) - 1
+    size = torch.where(n.abs() == reg_max // 2, 2 * u, size)
+    return n.sign() * size
+
+
+def box_bins(
+    points: Tensor, boxes: Tensor, positions: Tensor, reg_scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(left bin, weight of the bin to its right) of each side's target distance.
+
+    d / (size / reg_scale + 1e-16) - reg_scale / 2, size the reference's width or height; beyond the
+    bins, the outermost has all the weight.
+
+    Shapes:
+        points: (L, B, Q, 4) reference boxes cxcywh. boxes: (L or 1, B, Q, 4) targets cxcywh.
+        positions: (R + 1,). Returns two of (L, B, Q, 4), sides l, t, r, b.
+    """
+    dtype = torch.promote_types(points.dtype, torch.float32)
+    points, boxes = points.to(dtype), boxes.to(dtype)
+    scale = reg_scale.detach().to(dtype).abs().view(())
+    size = points[..., 2:].repeat(1, 1, 1, 2) / scale + _SIZE_EPS
+    corners = cxcywh_to_xyxy(boxes).expand_as(points)
+    distances = ltrb(points[..., :2], corners) / size - scale / 2
+    last = len(positions) - 1
+    bins = torch.searchsorted(positions.to(dtype), distances.contiguous(), right=True) - 1
+    left = bins.clamp(0, last - 1)
+    low, high = positions[left], positions[left + 1]
+    return left, ((distances - low) / (high - low)).clamp(0, 1)

@@ -1,0 +1,218 @@
+"""What the criteria of the DETR family share: stacked layers, matches as maps, losses per layer.
+
+Every layer of a kind (last, auxiliary, encoder; denoising) has the same shape, so they are stacked
+and each loss runs once: launches do not grow with the decoder. A match is a map from queries to
+targets, -1 where there is none: predictions are never gathered, gradients never scattered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detloss_triton.boxes import cxcywh_to_xyxy
+from detloss_triton.ops.classification import varifocal
+from detloss_triton.ops.regression import giou_loss, iou_loss, l1
+from detloss_triton.reduction import rank_means
+from detloss_triton.targets import Targets, joined, pack, padded_index
+
+_GIOU_EPS = 1e-6
+
+Output = Mapping[str, Any]
+Indices = Sequence[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Outputs of L layers of one kind over B images and Q queries.
+
+    Shapes:
+        logits: (L, B, Q, C). boxes: (L, B, Q, 4) normalised cxcywh. suffixes: of the losses' names.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    suffixes: tuple[str, ...]
+    outputs: tuple[Output, ...]
+
+    def stacked(self, key: str, layers: Sequence[int]) -> Tensor:
+        """One entry of some layers as (len(layers), ...); an entry they share is not copied."""
+        tensors = [self.outputs[i][key] for i in layers]
+        if all(t is tensors[0] for t in tensors):
+            return tensors[0].expand(len(tensors), *tensors[0].shape)
+        return torch.stack(tensors)
+
+
+def stack_layers(named: Sequence[tuple[str, Output]]) -> Layers:
+    """Stack the outputs of layers, given with the suffixes of their losses.
+
+    Raises:
+        ValueError: for a missing entry, or one whose shape differs between layers.
+    """
+    for key in ("pred_logits", "pred_boxes"):
+        shapes = {}
+        for suffix, output in named:
+            if not isinstance(output.get(key), Tensor):
+                raise ValueError(f"outputs{suffix} must have a tensor {key!r}")
+            shapes[f"outputs{suffix}"] = tuple(output[key].shape)
+        if len(set(shapes.values())) > 1 or any(len(shape) != 3 for shape in shapes.values()):
+            raise ValueError(f"{key!r} must have one shape (B, Q, ...) in all layers, got {shapes}")
+    return Layers(
+        torch.stack([output["pred_logits"] for _, output in named]),
+        torch.stack([output["pred_boxes"] for _, output in named]),
+        tuple(suffix for suffix, _ in named),
+        tuple(output for _, output in named),
+    )
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Each query's target, read off a map.
+
+    Shapes:
+        target_of_query: (L, B, Q) int64, -1 for none. matched: (L, B, Q) bool.
+        labels: (L, B, Q), -1 for none. boxes: (L, B, Q, 4) normalised cxcywh, 0 for none.
+    """
+
+    target_of_query: Tensor
+    matched: Tensor
+    labels: Tensor
+    boxes: Tensor
+
+
+def matched_targets(target_of_query: Tensor, targets: Targets) -> Matched:
+    """Look the targets of a map (L, B, Q) up."""
+    matched = target_of_query >= 0
+    n_layers = len(target_of_query)
+    index = torch.where(matched, target_of_query, 0)
+    labels = targets.labels.expand(n_layers, -1, -1).gather(2, index)
+    boxes = targets.boxes.expand(n_layers, -1, -1, -1)
+    boxes = boxes.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, 4))
+    return Matched(
+        target_of_query,
+        matched,
+        torch.where(matched, labels, -1),
+        torch.where(matched.unsqueeze(-1), boxes, 0),
+    )
+
+
+def iou_of(boxes: Tensor, found: Matched) -> Tensor:
+    """(L, B, Q): IoU of each query's box with its target, 0 without one; no gradient."""
+    with torch.no_grad():
+        pairs = cxcywh_to_xyxy(boxes.detach()), cxcywh_to_xyxy(found.boxes).expand_as(boxes)
+        missed = iou_loss(*pairs, mode="linear", eps=0.0, keep=3)
+        return torch.where(found.matched, 1 - missed, 0)
+
+
+def classification_losses(
+    logits: Tensor, iou: Tensor, found: Matched, alpha: float, gamma: float
+) -> Tensor:
+    """(L,): varifocal losses, summed."""
+    labels = found.labels.expand(logits.shape[:-1])
+    return varifocal(logits, labels, iou, None, keep=1, alpha=alpha, gamma=gamma)
+
+
+def box_losses(boxes: Tensor, found: Matched) -> tuple[Tensor, Tensor]:
+    """(L,), (L,): L1 and GIoU losses of the matched queries, summed."""
+    weight = found.matched.to(torch.float32).expand(boxes.shape[:-1])
+    target = found.boxes.expand(boxes.shape)
+    # A query without a target is blanked: whatever its box holds, its gradient is 0.
+    boxes = torch.where(found.matched.unsqueeze(-1), boxes, 0)
+    distance = l1(boxes, target, weight=weight, keep=1)
+    overlap = giou_loss(
+        *(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target)), weight=weight, keep=1, eps=_GIOU_EPS
+    )
+    return distance, overlap
+
+
+def count_boxes(targets: Targets, given: float | Tensor | None) -> Tensor:
+    """The normaliser: the number of boxes, averaged over ranks, at least 1; or the one given."""
+    if given is not None:
+        return torch.as_tensor(given, dtype=torch.float32)
+    (mean,) = rank_means(targets.counts.sum())
+    return mean.clamp(min=1)
+
+
+def named_losses(
+    values: Mapping[str, Tensor], weights: Mapping[str, float], suffixes: Sequence[str]
+) -> dict[str, Tensor]:
+    """Cut (L,) losses into weighted scalars by name and suffix; one without a weight is dropped."""
+    losses = {}
+    for name, value in values.items():
+        if name in weights:
+            for suffix, loss in zip(suffixes, (value * weights[name]).unbind(), strict=True):
+                losses[name + suffix] = loss
+    return losses
+
+
+def map_of_indices(indices: Indices, n_queries: int) -> Tensor:
+    """(1, B, Q) target of each query, from one pair (query indices, target indices) per image."""
+    device = indices[0][0].device
+    out = torch.full((len(indices), n_queries), -1, dtype=torch.int64, device=device)
+    for row, (queries, found) in zip(out, indices, strict=True):
+        row[queries.to(device)] = found.to(device)
+    return out.unsqueeze(0)
+
+
+def prepare(
+    targets: Targets | Sequence[Mapping[str, Tensor]], dn_meta: Mapping[str, Any] | None
+) -> tuple[Targets, dict[str, Any] | None]:
+    """Pack targets, and with them the denoising queries' positives, as tensors of bucketed shape.
+
+    `dn_positive_idx` becomes (B, groups, T): the query of each target in each group, -1 for none.
+
+    Raises:
+        ValueError: if an image's positives are not one per box and group.
+    """
+    packed = pack(targets)
+    if dn_meta is None or isinstance(dn_meta["dn_positive_idx"], Tensor):
+        return packed, None if dn_meta is None else dict(dn_meta)
+    positives, groups = dn_meta["dn_positive_idx"], dn_meta["dn_num_group"]
+    counts = [len(p) // max(groups, 1) for p in positives]
+    if not isinstance(targets, Targets):
+        check_positives(positives, [len(t["labels"]) for t in targets], groups)
+    device = packed.labels.device
+    rows = [count for count in counts for _ in range(groups)]
+    index = padded_index(rows, packed.labels.shape[1], device)
+    queries = joined([p.to(device) for p in positives], index, -1)
+    return packed, {**dn_meta, "dn_positive_idx": queries.view(len(counts), groups, -1)}
+
+
+def check_positives(positives: Sequence[Tensor], counts: Sequence[int], groups: int) -> None:
+    """Raise ValueError unless every image has one denoising positive per box and group."""
+    for image, (positive, count) in enumerate(zip(positives, counts, strict=True)):
+        if len(positive) != count * groups:
+            raise ValueError(
+                f"dn_positive_idx[{image}] must have {count} boxes x {groups} groups = "
+                f"{count * groups} entries, got {len(positive)}"
+            )
+
+
+def denoising_map(dn_meta: Mapping[str, Any], n_queries: int) -> Tensor:
+    """(1, B, Q) target of each denoising query."""
+    queries = dn_meta["dn_positive_idx"]
+    n_images, _, n_targets = queries.shape
+    target = torch.arange(n_targets, device=queries.device).expand_as(queries)
+    out = target.new_full((n_images, n_queries + 1), -1)
+    index = torch.where(queries >= 0, queries, n_queries)
+    return out.scatter(1, index.flatten(1), target.flatten(1))[:, :n_queries].unsqueeze(0)
+
+
+def get_cdn_matched_indices(
+    dn_meta: Mapping[str, Any], targets: Sequence[Mapping[str, Tensor]]
+) -> list[tuple[Tensor, Tensor]]:
+    """The given pairs of denoising queries: per image (query indices, target indices).
+
+    Raises:
+        ValueError: if an image's positives are not one per box and group.
+    """
+    positives, groups = dn_meta["dn_positive_idx"], dn_meta["dn_num_group"]
+    check_positives(positives, [len(t["labels"]) for t in targets], groups)
+    return [
+        (positive, torch.arange(len(t["labels"]), device=t["labels"].device).repeat(groups))
+        for positive, t in zip(positives, targets, strict=True)
+    ]

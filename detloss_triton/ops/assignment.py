@@ -1,0 +1,157 @@
+"""Which box each query gets: exact linear sum assignment of many problems at once. No gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment as solve
+from torch import Tensor
+
+from detloss_triton import backend
+from detloss_triton.backend import kernels
+from detloss_triton.launch import power_of_2
+from detloss_triton.op import Sample, direct
+
+# What a NaN or infinite cost counts as; large beside any cost of matching, exact in float32.
+LIMIT = 1e10
+# Of the kernel, whose state for one problem lives in the registers of one program.
+_MAX_LONG, _MAX_SHORT = 4096, 1024
+# Columns per warp, four to a lane: the reductions between warps cost more than those within one.
+_COLUMNS_PER_WARP = 128
+
+
+def _samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
+    def integers(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    # Small whatever `rows`: an interpreted problem takes time by its boxes and its path lengths.
+    few = min(rows, 6)
+    for n_rows, n_cols in ((few, 9), (few, few), (9, few)):
+        # A planted assignment is the only optimum: each pair off it exceeds the duals by 1 or more.
+        # Integers below 256 are exact in every dtype, so rounding makes no ties.
+        short, long = min(n_rows, n_cols), max(n_rows, n_cols)
+        planted = torch.stack([torch.randperm(long, generator=generator)[:short] for _ in range(4)])
+        matched = torch.zeros(4, long, dtype=torch.long).scatter_(1, planted, 1)
+        slack = integers(1, 60, 4, short, long).scatter_(2, planted.unsqueeze(2), 0)
+        v = integers(-40, 0, 4, 1, long) * matched.unsqueeze(1)
+        cost = (slack + integers(40, 100, 4, short, 1) + v).float()
+        whole = torch.tensor([[short] * 4, [long] * 4])
+        if n_rows > n_cols:
+            # Strided, as a cost computed by query and read by box.
+            cost, whole = cost.transpose(1, 2), whole.flip(0)
+        yield Sample((cost, whole[0], whole[1]))
+
+
+@direct(samples=_samples)
+def optimal_assignment(cost: Tensor, n_rows: Tensor, n_cols: Tensor) -> Tensor:
+    """`linear_sum_assignment` of (P, R, C), arguments unchecked; n_rows and n_cols are required."""
+    return _solve_on_host(cost, n_rows, n_cols)
+
+
+@torch.library.custom_op(
+    "detloss_triton::linear_sum_assignment",
+    mutates_args=(),
+    schema="(Tensor cost, Tensor n_rows, Tensor n_cols) -> Tensor",
+)
+def _solve_on_host(cost: Tensor, n_rows: Tensor, n_cols: Tensor) -> Tensor:
+    # One copy to the host and one back: the counts travel with the costs.
+    dtype = torch.float64 if cost.dtype == torch.float64 else torch.float32
+    finite = cost.to(dtype).nan_to_num(nan=LIMIT).clamp_(-LIMIT, LIMIT)
+    counts = torch.stack([n_rows, n_cols], 1).to(dtype)
+    packed = torch.cat([finite.flatten(1), counts], 1).cpu().numpy()
+    shape = cost.shape[1:]
+    column_of_row = np.full(cost.shape[:2], -1, dtype=np.int64)
+    n_used = packed[:, -2:].clip(0, shape).astype(np.int64).tolist()
+    for problem, out, (r, c) in zip(packed, column_of_row, n_used, strict=True):
+        rows, columns = solve(problem[:-2].reshape(shape)[:r, :c])
+        out[rows] = columns
+    return torch.from_numpy(column_of_row).to(cost.device)
+
+
+@_solve_on_host.register_fake
+def _(cost: Tensor, n_rows: Tensor, n_cols: Tensor) -> Tensor:
+    return cost.new_empty(cost.shape[:2], dtype=torch.int64)
+
+
+@optimal_assignment.triton
+def _(cost: Tensor, n_rows: Tensor, n_cols: Tensor) -> Tensor:
+    n_problems, n_rows_max, n_cols_max = cost.shape
+    long, short = max(n_rows_max, n_cols_max), min(n_rows_max, n_cols_max)
+    if long > _MAX_LONG or short > _MAX_SHORT:
+        raise ValueError(
+            f"cost may have up to {_MAX_LONG} by {_MAX_SHORT} rows and columns (either way round) "
+            f"on the Triton backend, got {n_rows_max} by {n_cols_max}"
+        )
+    if cost.numel() == 0:
+        return cost.new_full((n_problems, n_rows_max), -1, dtype=torch.int64)
+    column_of_row = cost.new_empty((n_problems, n_rows_max), dtype=torch.int64)
+    block = max(power_of_2(long), _COLUMNS_PER_WARP)
+    backend.launch(
+        kernels.assignment.assignment_kernel,
+        (n_problems,),
+        cost.device,
+        p_cost=cost,
+        p_n_rows=n_rows.contiguous(),
+        p_n_cols=n_cols.contiguous(),
+        p_column_of_row=column_of_row,
+        **dict(zip(("s_p", "s_r", "s_c"), cost.stride(), strict=True)),
+        n_rows_max=n_rows_max,
+        n_cols_max=n_cols_max,
+        LIMIT=LIMIT,
+        BC=block,
+        num_warps=min(block // _COLUMNS_PER_WARP, 16),
+    )
+    return column_of_row
+
+
+def linear_sum_assignment(
+    cost: Tensor, n_rows: Tensor | None = None, n_cols: Tensor | None = None
+) -> Tensor:
+    """The matching of rows to columns of least total cost, exactly, for many problems at once.
+
+    Shortest augmenting paths with float64 duals (Crouse, 2016, doi:10.1109/TAES.2016.140952), the
+    method of `scipy.optimize.linear_sum_assignment`, which solves on the torch backend, after one
+    copy to the host. On the Triton backend nothing leaves the device, and the number of rows and
+    columns does not recompile the kernel. No gradient is defined; the cost is detached.
+
+    Shapes:
+        cost: (P, R, C) or (R, C), any float dtype and any strides. On the Triton backend at most
+            4,096 by 1,024, either way round; float64 takes the torch backend. Reading is fastest
+            where neighbours along the longer side are neighbours in memory.
+        n_rows, n_cols: (P,), or () for one problem, integers on the device of the cost: problem p
+            is `cost[p, :n_rows[p], :n_cols[p]]`. By default all of it. Counts are clamped to the
+            shape of the cost; they are not read back, so nothing can be raised for them.
+        returns: (P, R) or (R,), int64, the column of each row; -1 for rows beyond n_rows, and
+            where a problem has more rows than columns for the rows left over.
+
+    Of several optimal matchings any may be returned. NaN and infinite costs count as 1e10, finite
+    ones are clamped to ±1e10: such a pair is matched only if nothing else is left.
+
+    Raises:
+        ValueError: for other shapes, dtypes or devices, or too large a problem for the kernel.
+    """
+    if cost.dim() not in (2, 3):
+        raise ValueError(f"cost must have shape (P, R, C) or (R, C), got {tuple(cost.shape)}")
+    if not cost.is_floating_point():
+        raise ValueError(f"cost must be floating point, got {cost.dtype}")
+    problems = cost.shape[:-2]
+    counts = []
+    for name, count, size in zip(
+        ("n_rows", "n_cols"), (n_rows, n_cols), cost.shape[-2:], strict=True
+    ):
+        if count is None:
+            count = torch.full(problems, size, dtype=torch.int32, device=cost.device)
+        if count.shape != problems:
+            raise ValueError(
+                f"{name} must have shape {tuple(problems)} for a cost of shape "
+                f"{tuple(cost.shape)}, got {tuple(count.shape)}"
+            )
+        if count.is_floating_point() or count.is_complex() or count.dtype == torch.bool:
+            raise ValueError(f"{name} must hold integers, got {count.dtype}")
+        if count.device != cost.device:
+            raise ValueError(f"{name} is on {count.device}, cost on {cost.device}")
+        counts.append(count.reshape(-1))
+    out: Tensor = optimal_assignment(cost if problems else cost.unsqueeze(0), *counts)
+    return out.reshape(cost.shape[:-1])

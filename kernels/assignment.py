@@ -1,0 +1,110 @@
+"""Exact linear sum assignment. No gradients."""
+
+import triton
+import triton.language as tl
+
+# A column's key orders it among columns of one distance: (its row + 1) above, the column below.
+COLUMN_BITS: tl.constexpr = tl.constexpr(12)
+COLUMN_MASK: tl.constexpr = tl.constexpr(2**12 - 1)
+# What the path is walked by: a column's (row + 1) above, (the previous column + 1) below.
+LINK_BITS: tl.constexpr = tl.constexpr(13)
+LINK_MASK: tl.constexpr = tl.constexpr(2**13 - 1)
+NO_KEY: tl.constexpr = tl.constexpr(2**30)
+
+
+@triton.jit
+def finite(cost, LIMIT: tl.constexpr):
+    """The cost in float64, within ±LIMIT; NaN, which fails every comparison, counts as LIMIT."""
+    cost = cost.to(tl.float32)
+    cost = tl.where(cost < LIMIT, cost, LIMIT)
+    return tl.where(cost > -LIMIT, cost, -LIMIT).to(tl.float64)
+
+
+@triton.jit
+def value_at(vector, index):
+    """vector[index], for an index known at run time only."""
+    return tl.sum(tl.gather(vector, tl.full([1], 0, tl.int32) + index, 0), axis=0)
+
+
+_RUNTIME = ["p_cost", "p_n_rows", "p_n_cols", "s_p", "s_r", "s_c", "n_rows_max", "n_cols_max"]
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def assignment_kernel(
+    p_cost, p_n_rows, p_n_cols, p_column_of_row,
+    s_p, s_r, s_c, n_rows_max, n_cols_max,
+    LIMIT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """One problem by shortest augmenting paths (Jonker and Volgenant), its state held by column.
+
+    The shorter side is added row by row, so every row finds a free column. No dual of the rows is
+    kept: an assigned edge is tight, so that of the row of column j is cost[row, j] - v[j].
+    """
+    problem = tl.program_id(0).to(tl.int64)
+    n_rows = tl.load(p_n_rows + problem).to(tl.int32)
+    n_cols = tl.load(p_n_cols + problem).to(tl.int32)
+    n_rows = tl.minimum(tl.maximum(n_rows, 0), n_rows_max)
+    n_cols = tl.minimum(tl.maximum(n_cols, 0), n_cols_max)
+    swapped = n_rows > n_cols
+    n_short = tl.where(swapped, n_cols, n_rows)
+    n_long = tl.where(swapped, n_rows, n_cols)
+    s_short = tl.where(swapped, s_c, s_r)
+    s_long = tl.where(swapped, s_r, s_c)
+
+    column = tl.arange(0, BC)
+    m_column = column < n_long
+    p_problem = p_cost + problem * s_p
+    p_columns = p_problem + column.to(tl.int64) * s_long  # [BC]
+    inf = float("inf")
+    v = tl.full([BC], 0.0, tl.float64)
+    key = column  # of no row
+    root = tl.full([], 0, tl.int32)
+    while root < n_short:
+        distance = tl.full([BC], inf, tl.float64)
+        previous = tl.full([BC], -1, tl.int32)
+        scanned = column < 0
+        row = root
+        j = tl.full([], -1, tl.int32)
+        least = tl.full([], 0.0, tl.float64)
+        offset = tl.full([], 0.0, tl.float64)
+        while row >= 0:
+            o_row = row.to(tl.int64) * s_short
+            cost = finite(tl.load(p_columns + o_row, mask=m_column, other=0.0), LIMIT)
+            # A scalar read beside the row's, so it adds no wait of its own; the root has no column.
+            tight = tl.load(p_problem + o_row + j.to(tl.int64) * s_long, mask=j >= 0, other=0.0)
+            offset = offset - finite(tight, LIMIT)
+            through = (cost - v) + offset
+            closer = m_column & (scanned == 0) & (through < distance)
+            distance = tl.where(closer, through, distance)
+            previous = tl.where(closer, j, previous)
+            candidate = tl.where(scanned, inf, distance)
+            least = tl.min(candidate, axis=0)
+            # Of equally near columns the least key: a free one if there is one.
+            nearest = tl.min(tl.where(m_column & (candidate == least), key, NO_KEY), axis=0)
+            j = nearest & COLUMN_MASK
+            row = (nearest >> COLUMN_BITS) - 1
+            scanned = scanned | (column == j)
+            offset = least + value_at(v, j)
+        v = tl.where(scanned, v + (distance - least), v)
+
+        # Every column of the path takes the row of the one before it, the first the new row.
+        links = ((key >> COLUMN_BITS) << LINK_BITS) | (previous + 1)
+        link = tl.max(tl.where(column == j, links, 0), axis=0)
+        before = (link & LINK_MASK) - 1
+        while before >= 0:
+            link = tl.max(tl.where(column == before, links, 0), axis=0)
+            key = tl.where(column == j, ((link >> LINK_BITS) << COLUMN_BITS) | column, key)
+            j = before
+            before = (link & LINK_MASK) - 1
+        key = tl.where(column == j, ((root + 1) << COLUMN_BITS) | column, key)
+        root += 1
+
+    row_of_column = (key >> COLUMN_BITS) - 1
+    p_out = p_column_of_row + problem * n_rows_max
+    if swapped:
+        # The columns here are the caller's rows, padding and those without a column included.
+        tl.store(p_out + column, row_of_column.to(tl.int64), mask=column < n_rows_max)
+    else:
+        tl.store(p_out + row_of_column, column.to(tl.int64), mask=row_of_column >= 0)
+        unmatched = (column >= n_rows) & (column < n_rows_max)
+        tl.store(p_out + column, tl.full([BC], -1, tl.int64), mask=unmatched)
