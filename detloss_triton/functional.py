@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .ops import classification, distribution, regression
+from .ops.assignment import linear_sum_assignment
 from .reduction import reduced
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "generalized_box_iou_loss",
     "iou_loss",
     "l1_loss",
+    "linear_sum_assignment",
     "quality_focal_loss",
     "sigmoid_focal_loss",
     "smooth_l1_loss",

@@ -113,7 +113,7 @@ class BoxMatcher:
                 matched box (the image's first one where unmatched); and the matched mask (B, A).
         """
         logits, boxes = predict
-        labels, targets = target[..., 0].long().clamp(min=0), target[..., 1:]
+        labels, targets = target[..., 0].long().clamp(min=0), real_boxes(target)
         index = labels.unsqueeze(1).expand(-1, logits.shape[1], -1)
         found = self.match(boxes, logits.gather(2, index).transpose(1, 2), targets)
         which = self.over_anchors(found, found.target, 0)
@@ -123,6 +123,12 @@ class BoxMatcher:
         scores = scores.scatter(2, labels.gather(1, which).unsqueeze(2), score.unsqueeze(2))
         matched = targets.gather(1, which.unsqueeze(2).expand(-1, -1, 4))
         return torch.cat([scores, matched.to(scores.dtype)], -1), valid
+
+
+def real_boxes(targets: Tensor) -> Tensor:
+    """(B, T, 4) float32 boxes of (B, T, 5) rows [class, box]; padding (class -1) has no area."""
+    boxes = targets[..., 1:].to(torch.promote_types(targets.dtype, torch.float32))
+    return torch.where(targets[..., :1] >= 0, boxes, 0)
 
 
 class HungarianMatcher(nn.Module):

@@ -26,7 +26,11 @@ def value_at(vector, index):
     return tl.sum(tl.gather(vector, tl.full([1], 0, tl.int32) + index, 0), axis=0)
 
 
-_RUNTIME = ["p_cost", "p_n_rows", "p_n_cols", "s_p", "s_r", "s_c", "n_rows_max", "n_cols_max"]
+# All but the block: neither counts, strides nor alignment compile the kernel anew.
+_RUNTIME = [
+    *("p_cost", "p_n_rows", "p_n_cols", "p_column_of_row"),
+    *("s_p", "s_r", "s_c", "n_rows_max", "n_cols_max"),
+]
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -74,7 +78,7 @@ def assignment_kernel(
             tight = tl.load(p_problem + o_row + j.to(tl.int64) * s_long, mask=j >= 0, other=0.0)
             offset = offset - finite(tight, LIMIT)
             through = (cost - v) + offset
-            closer = m_column & (scanned == 0) & (through < distance)
+            closer = m_column & ~scanned & (through < distance)
             distance = tl.where(closer, through, distance)
             previous = tl.where(closer, j, previous)
             candidate = tl.where(scanned, inf, distance)

@@ -13,7 +13,7 @@ from detloss_triton.losses import CrossEntropyLoss, QualityFocalLoss
 from detloss_triton.ops.regression import iou_loss
 from detloss_triton.reduction import rank_means
 
-from .levels import as_rows, check_levels, is_positive, run
+from .levels import as_rows, check_levels, decoded, is_positive, run
 
 # The quality of a positive whose box misses its target altogether.
 _MIN_QUALITY = 1e-6
@@ -105,7 +105,7 @@ class ATSSCriterion(nn.Module):
             # Deltas of background are not looked at, so that whatever they hold, its gradient is 0.
             boxes = torch.where(is_object.unsqueeze(-1), as_rows(bbox_pred[level], 4), 0)
             if self.reg_decoded_bbox:
-                boxes = self.bbox_coder.decode(anchors[level], boxes)
+                boxes = decoded(self.bbox_coder, anchors[level], boxes)
             weights = label_weights[level]
             if self.bg_loss_weight >= 0:
                 is_background = labels[level] == self.num_classes

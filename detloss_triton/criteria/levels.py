@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from detloss_triton.coders import DeltaXYWHBBoxCoder, DistancePointBBoxCoder
 from detloss_triton.losses import Loss
 
 
@@ -40,6 +41,13 @@ def run(module: nn.Module, pred: Tensor, target: Any, **kwargs: Any) -> Tensor:
         return x.reshape(-1, *x.shape[2:]) if isinstance(x, Tensor) and x.dim() > 1 else x
 
     return module(flat(pred), flat(target), **{k: flat(v) for k, v in kwargs.items()})
+
+
+def decoded(coder: Any, anchors: Tensor, codes: Tensor) -> Tensor:
+    """Boxes from (B, n, 4) codes: our coders take them as they are, a stranger's as flat rows."""
+    if isinstance(coder, (DeltaXYWHBBoxCoder, DistancePointBBoxCoder)):
+        return coder.decode(anchors, codes)
+    return coder.decode(anchors.flatten(0, 1), codes.flatten(0, 1)).view_as(codes)
 
 
 def check_levels(**levels: Sequence[Any]) -> None:

@@ -11,7 +11,7 @@ from detloss_triton.ops.distribution import two_bin
 from detloss_triton.ops.regression import smooth_l1
 from detloss_triton.reduction import EPS32
 
-from .levels import is_positive
+from .levels import decoded, is_positive
 
 
 class SSDCriterion(nn.Module):
@@ -73,8 +73,8 @@ class SSDCriterion(nn.Module):
             norm = avg_factor or 1.0
         each = two_bin(cls_score, labels, None, None, weight=label_weights, keep=2)
         loss_cls = self._mined(each, labels) / norm
-        if self.reg_decoded_bbox and self.bbox_coder is not None:
-            bbox_pred = self.bbox_coder.decode(anchor, bbox_pred)
+        if self.reg_decoded_bbox:
+            bbox_pred = decoded(self.bbox_coder, anchor, bbox_pred)
         loss_bbox = smooth_l1(
             *(bbox_pred.unsqueeze(-1), bbox_targets.unsqueeze(-1)),
             weight=bbox_weights,

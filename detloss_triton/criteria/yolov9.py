@@ -11,7 +11,7 @@ from detloss_triton.boxes import ltrb
 from detloss_triton.functional import two_bins
 from detloss_triton.gather import at_anchors
 from detloss_triton.losses import YOLOV9_EPS, BCELoss, BoxLoss, DFLoss
-from detloss_triton.matchers import BoxMatcher, Candidates
+from detloss_triton.matchers import BoxMatcher, Candidates, real_boxes
 from detloss_triton.ops.classification import binary_cross_entropy
 from detloss_triton.ops.coding import distance_decode
 from detloss_triton.ops.distribution import two_bin
@@ -119,7 +119,7 @@ class YOLOv9Criterion(nn.Module):
             return strangers
         n_heads = len(heads)
         labels = targets[..., 0].long()
-        gt_boxes = targets[..., 1:].to(torch.float32)
+        gt_boxes = real_boxes(targets)
         with torch.no_grad():
             found = self.matcher.match(
                 torch.cat([self.vec2box.decode(head) for head in heads]),

@@ -32,12 +32,12 @@ def _samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
         # A planted assignment is the only optimum: each pair off it exceeds the duals by 1 or more.
         # Integers below 256 are exact in every dtype, so rounding makes no ties.
         short, long = min(n_rows, n_cols), max(n_rows, n_cols)
-        planted = torch.stack([torch.randperm(long, generator=generator)[:short] for _ in range(4)])
-        matched = torch.zeros(4, long, dtype=torch.long).scatter_(1, planted, 1)
-        slack = integers(1, 60, 4, short, long).scatter_(2, planted.unsqueeze(2), 0)
-        v = integers(-40, 0, 4, 1, long) * matched.unsqueeze(1)
-        cost = (slack + integers(40, 100, 4, short, 1) + v).float()
-        whole = torch.tensor([[short] * 4, [long] * 4])
+        planted = torch.stack([torch.randperm(long, generator=generator)[:short] for _ in range(2)])
+        matched = torch.zeros(2, long, dtype=torch.long).scatter_(1, planted, 1)
+        slack = integers(1, 60, 2, short, long).scatter_(2, planted.unsqueeze(2), 0)
+        v = integers(-40, 0, 2, 1, long) * matched.unsqueeze(1)
+        cost = (slack + integers(40, 100, 2, short, 1) + v).float()
+        whole = torch.tensor([[short] * 2, [long] * 2])
         if n_rows > n_cols:
             # Strided, as a cost computed by query and read by box.
             cost, whole = cost.transpose(1, 2), whole.flip(0)
