@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 # Elements of a block's widest input: a few such tensors stay in cache, and the fixed cost of a
 # block, some 0.3 ms of small operations, stays small beside its arithmetic.
-ELEMENTS = 2**18
+ELEMENTS = 2**19
 
 _Index = tuple[int | slice, ...]
 
 
 def pays(call: Call, inputs: tuple[Tensor | None, ...]) -> bool:
     """Whether the call is worth cutting: eager, on the CPU, and more than one block long."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not call.op.cut:
         return False
     widest = max(x.numel() for x in inputs if x is not None)
     device = next(x.device for x in inputs if x is not None)

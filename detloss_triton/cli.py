@@ -79,6 +79,11 @@ def _parser() -> argparse.ArgumentParser:
         help="side in pixels of the square that images are scaled to; default: %(default)s",
     )
     add("--seed", type=_seed, default=0, metavar="N", help="default: %(default)s")
+    # Threads that share cores with another program wait for each other at every layer, which can
+    # cost far more than they bring; and their number changes the last digits of the losses.
+    add(
+        "--threads", type=_positive, default=1, metavar="N", help="on the CPU; default: %(default)s"
+    )
     add("--output", type=Path, metavar="DIR", help="where to write; default: runs/<time>")
     for command in (check, train):
         command.add_argument(
@@ -146,6 +151,7 @@ def _train(options: argparse.Namespace) -> int:
                 seed=options.seed,
                 backend=_chosen_backend(device),
                 device=device,
+                threads=options.threads,
                 output=options.output or Path("runs", time.strftime("%Y%m%d-%H%M%S")),
                 images=options.images,
                 annotations=options.annotations,

@@ -103,6 +103,7 @@ class RowOp(Op):
         samples: Callable[..., Iterator[Sample]],
         skip: bool = False,
         values: int = 0,
+        cut: bool = True,
     ) -> None:
         super().__init__(reference, samples)
         names = list(inspect.signature(reference).parameters)[: len(inputs)]
@@ -111,6 +112,7 @@ class RowOp(Op):
         self.inputs = inputs
         self.skip = skip
         self.values = values
+        self.cut = cut
 
     def __call__(
         self, *inputs: Tensor | None, weight: Tensor | None = None, keep: int = 0, **params: Any
@@ -245,11 +247,14 @@ class _Rows(torch.autograd.Function):
 
 
 def row_loss(
-    *inputs: Input, samples: Callable[..., Iterator[Sample]], skip: bool = False
+    *inputs: Input, samples: Callable[..., Iterator[Sample]], skip: bool = False, cut: bool = True
 ) -> Callable[[Callable[..., Tensor]], RowOp]:
-    """Declare the decorated torch reference as a row loss over `inputs`, its first parameters."""
+    """Declare the decorated torch reference as a row loss over `inputs`, its first parameters.
 
-    return lambda reference: RowOp(reference, inputs, samples, skip=skip)
+    Without `cut` the reference is never evaluated in blocks: for one that is a single fused
+    operation already, of which a second evaluation costs more than its one temporary.
+    """
+    return lambda reference: RowOp(reference, inputs, samples, skip=skip, cut=cut)
 
 
 def row_map(

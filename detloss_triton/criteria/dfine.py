@@ -179,7 +179,7 @@ class DFINECriterion(nn.Module):
         corners = layers.stacked("pred_corners", with_corners).unflatten(-1, n_sides)
         points = layers.stacked("ref_points", with_corners).detach()
         left, right_weight = box_bins(points, found.boxes, *bins)
-        used = (iou * found.matched)[with_corners]
+        used = _some(iou * found.matched, with_corners)
         weight = used.unsqueeze(-1).expand(left.shape)
         fgl = two_bin(corners, left, 1 - right_weight, right_weight, weight=weight, keep=1) / norm
         losses = named_losses(
@@ -189,8 +189,8 @@ class DFINECriterion(nn.Module):
         if taught:
             teacher = layers.stacked("teacher_corners", taught).detach().unflatten(-1, n_sides)
             confidence = layers.stacked("teacher_logits", taught).detach().amax(-1).sigmoid()
-            student = corners[[with_corners.index(i) for i in taught]]
-            weight = torch.where(found.matched, iou[taught], confidence.to(iou.dtype))
+            student = _some(corners, [with_corners.index(i) for i in taught])
+            weight = torch.where(found.matched, _some(iou, taught), confidence.to(iou.dtype))
             weight = weight * _shares(found.matched, balance)
             ddf = distillation(
                 *(student, teacher.expand(student.shape)),
@@ -290,6 +290,14 @@ class DFINECriterion(nn.Module):
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be one of none, mean, sum, got {reduction!r}")
         return losses.mean() if reduction == "mean" else losses.sum()
+
+
+def _some(stacked: Tensor, layers: Sequence[int]) -> Tensor:
+    """Some layers of a stack: a view where they are neighbours; a list as index would be copied."""
+    first, n = layers[0], len(layers)
+    if list(layers) == list(range(first, first + n)):
+        return stacked[first : first + n]
+    return torch.stack([stacked[i] for i in layers])
 
 
 def _named_layers(

@@ -18,11 +18,11 @@ def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequ
 
 
 class Residual(nn.Module):
-    """Two convolutions added to their input."""
+    """A convolution of half as many channels added to its input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(conv(channels, channels), conv(channels, channels))
+        self.body = nn.Sequential(conv(channels, channels // 2, 1), conv(channels // 2, channels))
 
     def forward(self, features: Tensor) -> Tensor:
         """Shapes: features and result (B, C, h, w)."""

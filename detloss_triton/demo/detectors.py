@@ -26,5 +26,5 @@ class Recipe:
 
 
 RECIPES = {
-    "yolov9": Recipe(YOLOv9Detector, steps=400, learning_rate=8e-3),
+    "yolov9": Recipe(YOLOv9Detector, steps=500, learning_rate=8e-3),
 }

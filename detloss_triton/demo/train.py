@@ -46,6 +46,7 @@ class Settings:
     seed: int
     backend: str
     device: torch.device
+    threads: int
     output: Path
     images: Path | None = None
     annotations: Path | None = None
@@ -69,6 +70,7 @@ def train(settings: Settings) -> None:
     _check_output(settings.output)
     recipe = RECIPES[settings.criterion]
     source = _source(settings)
+    torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     # Else a GPU's convolutions may add up in another order on every run.
     torch.backends.cudnn.deterministic = True

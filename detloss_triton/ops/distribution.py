@@ -33,6 +33,7 @@ def _samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
     Input("weight_left", optional=True),
     Input("weight_right", optional=True),
     samples=_samples,
+    cut=False,
 )
 def two_bin(
     logits: Tensor, left: Tensor, weight_left: Tensor | None, weight_right: Tensor | None
@@ -42,18 +43,16 @@ def two_bin(
     Defaults w_left = 1, w_right = 0 make it the softmax cross-entropy. A row whose left bin does
     not exist costs 0; so does a right bin beyond the last.
     """
-    bins = logits.shape[-1]
+    last = logits.shape[-1] - 1
     log_p = logits.log_softmax(-1)
-    inside = (left >= 0) & (left < bins)
-    index = torch.where(inside, left, 0).unsqueeze(-1)
-    loss = -log_p.gather(-1, index).squeeze(-1)
-    if weight_left is not None:
-        loss = loss * weight_left
-    if weight_right is not None and bins > 1:
-        last = index == bins - 1
-        at_right = log_p.gather(-1, torch.where(last, 0, index + 1)).squeeze(-1)
-        loss = loss - torch.where(last.squeeze(-1), 0, at_right * weight_right)
-    return torch.where(inside, loss, 0)
+    index = left.clamp(0, last)
+    is_bin = index == left
+    loss = log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    loss = loss * (is_bin if weight_left is None else is_bin * weight_left)
+    if weight_right is not None and last > 0:
+        at_right = log_p.gather(-1, (index + 1).clamp(max=last).unsqueeze(-1)).squeeze(-1)
+        loss = loss + at_right * (weight_right * (is_bin & (index < last)))
+    return -loss
 
 
 @two_bin.triton

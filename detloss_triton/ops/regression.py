@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from detloss_triton.backend import kernels
@@ -185,11 +186,10 @@ def _(pred: Tensor, target: Tensor) -> Tile:
     return _distance_tile(pred, "l1", 0.0)
 
 
-@row_loss(*_INPUTS, samples=_coordinate_samples({"beta": 1.0}, {"beta": 0.11}))
+@row_loss(*_INPUTS, samples=_coordinate_samples({"beta": 1.0}, {"beta": 0.11}), cut=False)
 def smooth_l1(pred: Tensor, target: Tensor, beta: float) -> Tensor:
     """0.5 d^2 / beta where |d| < beta, else |d| - 0.5 beta, summed over a row's coordinates."""
-    size = (pred - target).abs()
-    return torch.where(size < beta, 0.5 / beta * size.square(), size - 0.5 * beta).sum(-1)
+    return F.smooth_l1_loss(pred, target, reduction="none", beta=beta).sum(-1)
 
 
 @smooth_l1.triton
