@@ -191,7 +191,7 @@ def _device(text: str) -> torch.device:
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError):
         raise argparse.ArgumentTypeError(
-            f"expected a device that torch can use here, as cpu or cuda, got {text!r}"
+            f"expected a device that torch can use here, such as cpu or cuda, got {text!r}"
         ) from None
     return device
 

@@ -1,0 +1,44 @@
+"""Both backends in one process: on a GPU compiled kernels, without one Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read when triton is imported, so set before anything imports detloss_triton.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from detloss_triton import use_backend
+
+# Tiny work gains nothing from threads, and threads that wait for a busy core lose a lot.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the kernels can run: compiled on a GPU, interpreted on the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test once under each backend; its value is the backend's name."""
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fill what `torch.empty` and its kin allocate with NaN: outputs left unwritten show."""
+    before = torch.are_deterministic_algorithms_enabled()
+    before_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    assert torch.ones(2).new_empty(3).isnan().all()
+    assert torch.empty_like(torch.ones(3)).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=before_warn_only)
