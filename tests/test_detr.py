@@ -1,0 +1,335 @@
+"""The DETR family: every combination of layers, empty and crowded images, packing, the union."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from synchronisation import NoHostReads
+from torch import Tensor
+from trees import Unchanged, leaves
+
+from detloss_triton import DetrCriterion, DFINECriterion, HungarianMatcher, sum_losses
+from detloss_triton.criteria.dfine import bin_positions, box_bins
+from detloss_triton.matchers import union_of_matches
+from detloss_triton.targets import Targets, bucket, pack
+
+CLASSES, QUERIES, REG_MAX, GROUPS = 4, 12, 8, 2
+DFINE_WEIGHTS = {
+    "loss_vfl": 1.0,
+    "loss_bbox": 5.0,
+    "loss_giou": 2.0,
+    "loss_fgl": 0.15,
+    "loss_ddf": 1.5,
+}
+DETR_WEIGHTS = {"loss_vfl": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0}
+EXTRAS = ("aux", "pre", "enc", "dn", "dn_pre")
+
+
+class Inputs:
+    """Random outputs and targets for `counts` boxes per image."""
+
+    def __init__(self, counts: list[int], device: torch.device, dtype: torch.dtype) -> None:
+        self.generator = torch.Generator().manual_seed(len(counts) + sum(counts))
+        self.device, self.dtype, self.counts = device, dtype, counts
+        self.targets = [
+            {
+                "labels": torch.randint(0, CLASSES, (n,), generator=self.generator).to(device),
+                "boxes": self.boxes(n),
+            }
+            for n in counts
+        ]
+
+    def boxes(self, *shape: int) -> Tensor:
+        corner = 0.1 + 0.8 * torch.rand(*shape, 2, generator=self.generator)
+        size = 0.05 + 0.3 * torch.rand(*shape, 2, generator=self.generator)
+        return torch.cat([corner, size], -1).to(self.device)
+
+    def leaf(self, *shape: int) -> Tensor:
+        x = torch.randn(*shape, generator=self.generator) - 1
+        return x.to(self.device, self.dtype).requires_grad_()
+
+    def layer(self, queries: int = QUERIES, corners: bool = False) -> dict[str, Tensor]:
+        n = len(self.counts)
+        layer = {
+            "pred_logits": self.leaf(n, queries, CLASSES),
+            "pred_boxes": self.boxes(n, queries).to(self.dtype).requires_grad_(),
+        }
+        if corners:
+            layer["pred_corners"] = self.leaf(n, queries, 4 * (REG_MAX + 1))
+            layer["ref_points"] = self.boxes(n, queries)
+        return layer
+
+    def meta(self) -> tuple[dict[str, Any], int]:
+        most = max(self.counts)
+        positives = [
+            torch.cat([torch.arange(n) + 2 * most * g for g in range(GROUPS)]).to(self.device)
+            for n in self.counts
+        ]
+        return {"dn_positive_idx": positives, "dn_num_group": GROUPS}, 2 * most * GROUPS
+
+    def detr(self, *extras: str) -> dict[str, Any]:
+        outputs: dict[str, Any] = self.layer()
+        if "aux" in extras:
+            outputs["aux_outputs"] = [self.layer(), self.layer()]
+        if "dn" in extras:
+            outputs["dn_meta"], queries = self.meta()
+            outputs["dn_aux_outputs"] = [self.layer(queries), self.layer(queries)]
+        return outputs
+
+    def dfine(self, *extras: str) -> dict[str, Any]:
+        outputs: dict[str, Any] = self.layer(corners=True)
+        outputs["up"] = torch.tensor([0.5], device=self.device)
+        outputs["reg_scale"] = torch.tensor([4.0], device=self.device)
+
+        def taught(layers: list[dict[str, Tensor]], teacher: dict[str, Tensor]) -> Any:
+            for layer in layers:
+                layer["teacher_corners"] = teacher["pred_corners"].detach()
+                layer["teacher_logits"] = teacher["pred_logits"].detach()
+            return layers
+
+        if "aux" in extras:
+            outputs["aux_outputs"] = taught([self.layer(corners=True) for _ in range(2)], outputs)
+        if "pre" in extras:
+            outputs["pre_outputs"] = self.layer()
+        if "enc" in extras:
+            outputs["enc_aux_outputs"] = [self.layer()]
+        if "dn" in extras:
+            outputs["dn_meta"], queries = self.meta()
+            layers = [self.layer(queries, corners=True) for _ in range(2)]
+            outputs["dn_outputs"] = taught(layers, layers[-1])
+            if "dn_pre" in extras:
+                outputs["dn_pre_outputs"] = self.layer(queries)
+        return outputs
+
+
+def criterion_of(name: str) -> DetrCriterion | DFINECriterion:
+    if name == "detr":
+        return DetrCriterion(DETR_WEIGHTS, num_classes=CLASSES, alpha=0.75)
+    return DFINECriterion(DFINE_WEIGHTS, num_classes=CLASSES, alpha=0.75, reg_max=REG_MAX)
+
+
+def checked_losses(name: str, outputs: dict[str, Any], targets: Any) -> dict[str, Tensor]:
+    """Losses after a step in which nothing was modified or read, and everything was connected."""
+    inputs = {"outputs": outputs, "targets": targets}
+    with Unchanged(inputs):
+        losses = criterion_of(name)(outputs, targets)
+        sum_losses(losses).backward()
+    for key, loss in losses.items():
+        assert loss.dtype == torch.float32 and loss.shape == () and loss.isfinite(), key
+        assert loss.requires_grad, key
+    for path, x in leaves(outputs):
+        if x.requires_grad:
+            assert x.grad is not None and x.grad.isfinite().all(), path
+            assert x.grad.dtype == x.dtype, path
+    return losses
+
+
+@pytest.mark.parametrize("n_extras", range(len(EXTRAS) + 1))
+def test_dfine_with_and_without_each_kind_of_layer(
+    n_extras: int, backend: str, device: torch.device
+) -> None:
+    # The interpreter takes a second a combination: one of each size there, all on torch.
+    combinations = list(itertools.combinations(EXTRAS, n_extras))
+    for extras in combinations if backend == "torch" else combinations[:1]:
+        inputs = Inputs([2, 3], device, torch.float32)
+        losses = checked_losses("dfine", inputs.dfine(*extras), inputs.targets)
+        suffixes = {key.partition("_")[2].split("_", 1)[-1] for key in losses}
+        assert ("loss_vfl_aux_1" in losses) == ("aux" in extras)
+        assert ("loss_vfl_pre" in losses) == ("pre" in extras)
+        assert ("loss_vfl_enc_0" in losses) == ("enc" in extras)
+        assert ("loss_ddf_dn_0" in losses) == ("dn" in extras)
+        assert ("loss_bbox_dn_pre" in losses) == ({"dn", "dn_pre"} <= set(extras))
+        assert "loss_ddf" not in losses and "loss_fgl" in losses and suffixes
+
+
+@pytest.mark.parametrize("name", ["detr", "dfine"])
+@pytest.mark.parametrize("counts", [[0, 0], [0, 3], [QUERIES + 8, 1], [1]], ids=str)
+def test_empty_and_crowded_images(
+    name: str, counts: list[int], backend: str, device: torch.device
+) -> None:
+    inputs = Inputs(counts, device, torch.float32)
+    extras = ("aux",) if max(counts) == 0 else ("aux", "dn")
+    losses = checked_losses(name, getattr(inputs, name)(*extras), inputs.targets)
+    if sum(counts) == 0:
+        assert losses["loss_bbox"] == 0 and losses["loss_giou"] == 0 and losses["loss_vfl"] > 0
+
+
+@pytest.mark.parametrize("name", ["detr", "dfine"])
+def test_a_thousand_boxes_in_one_image(name: str, device: torch.device) -> None:
+    inputs = Inputs([1000, 0], device, torch.float32)
+    checked_losses(name, getattr(inputs, name)("aux"), inputs.targets)
+
+
+@pytest.mark.parametrize("name", ["detr", "dfine"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(name: str, dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    inputs = Inputs([2, 3], device, dtype)
+    outputs = getattr(inputs, name)("aux")
+    with torch.autocast(device.type, dtype):
+        losses = checked_losses(name, outputs, inputs.targets)
+
+    def single(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return x.detach().float().requires_grad_() if x.is_floating_point() else x
+        if isinstance(x, dict):
+            return {key: single(value) for key, value in x.items()}
+        return [single(value) for value in x]
+
+    exact = criterion_of(name)(single(outputs), inputs.targets)
+    for key, loss in losses.items():
+        torch.testing.assert_close(loss, exact[key], rtol=2e-2, atol=2e-3, msg=key)
+
+
+@pytest.mark.parametrize("name", ["detr", "dfine"])
+def test_nothing_is_read_by_the_host(name: str, backend: str, device: torch.device) -> None:
+    inputs = Inputs([2, 0, 3], device, torch.float32)
+    outputs = getattr(inputs, name)(*EXTRAS)
+    criterion = criterion_of(name)
+    with NoHostReads(device):
+        sum_losses(criterion(outputs, inputs.targets)).backward()
+
+
+@pytest.mark.parametrize("name", ["detr", "dfine"])
+def test_packed_targets_give_the_same_losses(name: str, device: torch.device) -> None:
+    inputs = Inputs([2, 0, 3], device, torch.float32)
+    outputs, criterion = getattr(inputs, name)(*EXTRAS), criterion_of(name)
+    packed, dn_meta = criterion.prepare(inputs.targets, outputs["dn_meta"])
+    listed = criterion(outputs, inputs.targets)
+    prepared = criterion({**outputs, "dn_meta": dn_meta}, packed)
+    assert listed.keys() == prepared.keys()
+    for key, loss in listed.items():
+        assert torch.equal(loss, prepared[key]), key
+
+
+def test_num_boxes_may_be_passed_in(device: torch.device) -> None:
+    inputs = Inputs([2, 3], device, torch.float32)
+    outputs, criterion = inputs.detr("dn"), criterion_of("detr")
+    counted = criterion(outputs, inputs.targets)
+    halved = criterion(outputs, inputs.targets, num_boxes=10)
+    for key, loss in counted.items():
+        torch.testing.assert_close(halved[key] * 2, loss, rtol=1e-6, atol=0, msg=key)
+
+
+@pytest.mark.parametrize("name", ["detr", "dfine"])
+def test_the_public_parts_are_those_of_the_whole(name: str, device: torch.device) -> None:
+    inputs = Inputs([2, 3], device, torch.float32)
+    outputs, criterion = getattr(inputs, name)(), criterion_of(name)
+    whole = criterion(outputs, inputs.targets)
+    indices = criterion.matcher(outputs, inputs.targets)
+    parts = criterion.loss_labels_vfl(outputs, inputs.targets, indices, 5)
+    parts |= criterion.loss_boxes(outputs, inputs.targets, indices, 5)
+    if name == "dfine":
+        parts |= criterion.loss_local(outputs, inputs.targets, indices, 5)
+        parts = {key: part * DFINE_WEIGHTS[key] for key, part in parts.items()}
+    assert parts.keys() == whole.keys()
+    for key, loss in whole.items():
+        torch.testing.assert_close(parts[key], loss, rtol=1e-6, atol=0, msg=key)
+
+
+def test_losses_without_a_weight_are_dropped(device: torch.device) -> None:
+    inputs = Inputs([2, 3], device, torch.float32)
+    criterion = DFINECriterion({"loss_bbox": 1.0}, num_classes=CLASSES, reg_max=REG_MAX)
+    assert set(criterion(inputs.dfine(), inputs.targets)) == {"loss_bbox"}
+
+
+def test_errors_name_the_argument(device: torch.device) -> None:
+    inputs = Inputs([2, 3], device, torch.float32)
+    for name in ("detr", "dfine"):
+        criterion, outputs = criterion_of(name), getattr(inputs, name)("dn")
+        short = [*outputs["dn_meta"]["dn_positive_idx"]]
+        short[1] = short[1][:-1]
+        wrong = {**outputs, "dn_meta": {**outputs["dn_meta"], "dn_positive_idx": short}}
+        with pytest.raises(ValueError, match=r"dn_positive_idx\[1\] must have 3 boxes x 2 groups"):
+            criterion(wrong, inputs.targets)
+        with pytest.raises(ValueError, match="dn_positive_idx"):
+            criterion.get_cdn_matched_indices(wrong["dn_meta"], inputs.targets)
+        with pytest.raises(ValueError, match="dn_meta"):
+            criterion({k: v for k, v in outputs.items() if k != "dn_meta"}, inputs.targets)
+        with pytest.raises(ValueError, match=r"targets\[0\]\['boxes'\]"):
+            criterion(outputs, [{**inputs.targets[0], "boxes": torch.zeros(7, 4)}])
+        with pytest.raises(ValueError, match="pred_boxes"):
+            criterion({"pred_logits": outputs["pred_logits"]}, inputs.targets)
+    with pytest.raises(TypeError, match="targets must be a list"):
+        pack({"labels": torch.zeros(1)})
+    with pytest.raises(ValueError, match="cost_dict"):
+        HungarianMatcher({"cost_mask": 1.0})
+
+
+def test_the_matcher_answers_as_its_users_expect(backend: str, device: torch.device) -> None:
+    inputs = Inputs([3, 0, QUERIES + 4], device, torch.float32)
+    pairs = HungarianMatcher({"cost_class": 2, "cost_bbox": 5, "cost_giou": 2})(
+        inputs.layer(), inputs.targets
+    )
+    for (queries, found), n in zip(pairs, inputs.counts, strict=True):
+        assert queries.dtype == found.dtype == torch.int64
+        assert len(queries) == len(found) == min(n, QUERIES)
+        assert queries.tolist() == sorted(set(queries.tolist()))
+        assert len(set(found.tolist())) == len(found) and all(0 <= t < n for t in found.tolist())
+
+
+def test_union_of_matches_breaks_ties_as_written() -> None:
+    generator = torch.Generator().manual_seed(0)
+    n_targets = 5
+    matches = torch.randint(-1, n_targets, (4, 3, 30), generator=generator)
+    (union,) = union_of_matches(matches, n_targets)
+    for image in range(3):
+        counts: dict[tuple[int, int], int] = {}
+        for layer in range(4):
+            for query, target in enumerate(matches[layer, image].tolist()):
+                if target >= 0:
+                    counts[query, target] = counts.get((query, target), 0) + 1
+        expected = [-1] * 30
+        for (query, target), _ in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])):
+            if expected[query] < 0:
+                expected[query] = target
+        assert union[image].tolist() == expected
+
+
+def test_box_bins_are_the_last_below_and_saturate() -> None:
+    positions = bin_positions(REG_MAX, torch.tensor([0.5]), torch.tensor([4.0]))
+    assert positions[REG_MAX // 2] == 0 and (positions.diff() > 0).all()
+    assert positions[0] == -4 and positions[-1] == 4
+    points = torch.tensor([0.5, 0.5, 0.2, 0.2]).view(1, 1, 1, 4)
+    boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.5, 0.5, 3.0, 3.0], [0.9, 0.5, 0.2, 0.2]])
+    left, right = box_bins(
+        points.expand(1, 1, 3, 4), boxes.view(1, 1, 3, 4), positions, torch.tensor([4.0])
+    )
+    distances = positions[left] + right * (positions[left + 1] - positions[left])
+    # A box on its reference has distance 0 on all sides; one far larger saturates at the last bin.
+    torch.testing.assert_close(distances[0, 0, 0], torch.zeros(4), rtol=0, atol=1e-5)
+    assert (left[0, 0, 1] == REG_MAX - 1).all() and (right[0, 0, 1] == 1).all()
+    assert left[0, 0, 2, 0] == 0 or right[0, 0, 2, 0] == 0  # the left side lies to the right
+
+
+def test_buckets_are_few_and_close() -> None:
+    sizes = [bucket(n) for n in range(1, 5001)]
+    assert all(size >= n for n, size in enumerate(sizes, 1))
+    assert all(size <= 1.5 * n for n, size in enumerate(sizes, 1) if n >= 8)
+    assert len(set(sizes)) <= 20
+
+
+def test_packing_pads_with_nothing() -> None:
+    inputs = Inputs([2, 0, 9], torch.device("cpu"), torch.float32)
+    packed = pack(inputs.targets)
+    assert isinstance(packed, Targets) and packed.labels.shape == (3, 12)
+    assert packed.counts.tolist() == [2, 0, 9]
+    for i, target in enumerate(inputs.targets):
+        n = len(target["labels"])
+        assert torch.equal(packed.labels[i, :n], target["labels"])
+        assert torch.equal(packed.boxes[i, :n], target["boxes"])
+        assert (packed.labels[i, n:] == -1).all() and (packed.boxes[i, n:] == 0).all()
+    assert pack(packed) is packed
+
+
+def test_sum_losses_takes_nested_lists() -> None:
+    one = torch.ones((), requires_grad=True)
+    losses = {"a": [one, 2 * one], "b": {"c": (3 * one).expand(2)}, "total_loss": 100 * one}
+    total = sum_losses(losses)
+    assert total == 9
+    total.backward()
+    assert one.grad == 9
+    with pytest.raises(ValueError, match="no tensor"):
+        sum_losses({})
