@@ -1,0 +1,154 @@
+"""The parts of the training demo, each on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detloss_triton.demo.average_precision import average_precision
+from detloss_triton.demo.coco import Entry
+from detloss_triton.demo.coco_images import letterbox, mirror
+from detloss_triton.demo.decode import detections
+from detloss_triton.demo.detectors import RECIPES
+from detloss_triton.demo.pictures import running_mean
+from detloss_triton.demo.samples import Array, Detections, Sample, pad_targets, stack_images
+from detloss_triton.demo.shapes import CLASS_NAMES, MOST_SHAPES, ShapeImages
+from detloss_triton.demo.train import Settings, evaluate, fit, rate
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny work gains nothing from threads, and threads that wait for a busy core lose a lot."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def sample(*rows: tuple[float, float, float, float, int], side: int = 64) -> Sample:
+    """A black image with boxes `(x1, y1, x2, y2, label)`."""
+    table = np.array(rows, np.float32).reshape(-1, 5)
+    image = np.zeros((side, side, 3), np.uint8)
+    return Sample(image, table[:, :4], table[:, 4].astype(np.int64))
+
+
+def found(boxes: Array, labels: Array, scores: list[float]) -> Detections:
+    return Detections(boxes, np.array(scores, np.float32), labels)
+
+
+def test_shapes_lie_inside_and_repeat_with_the_seed() -> None:
+    images, same, other = ShapeImages(96, 3), ShapeImages(96, 3), ShapeImages(96, 4)
+    batch = images.batch(40)
+    for a, b in zip(batch, same.batch(40), strict=True):
+        assert np.array_equal(a.image, b.image) and np.array_equal(a.boxes, b.boxes)
+    assert not np.array_equal(batch[0].image, other.batch(1)[0].image)
+    assert not np.array_equal(batch[0].image, images.validation[0].image)
+    for drawn in [*batch, *images.validation]:
+        assert drawn.image.shape == (96, 96, 3) and drawn.image.dtype == np.uint8
+        assert 1 <= len(drawn.boxes) == len(drawn.labels) <= MOST_SHAPES
+        assert drawn.boxes.min() >= 0 and drawn.boxes.max() <= 96
+        assert (drawn.boxes[:, 2:] - drawn.boxes[:, :2] > 4).all()
+    assert set(np.concatenate([s.labels for s in batch])) == set(range(len(CLASS_NAMES)))
+
+
+def test_targets_are_padded_with_class_minus_one() -> None:
+    targets = pad_targets([sample((1, 2, 3, 4, 0)), sample()], CPU)
+    assert targets.tolist() == [[[0, 1, 2, 3, 4]], [[-1, 0, 0, 0, 0]]]
+    assert pad_targets([sample()], CPU).shape == (1, 1, 5)
+
+
+def test_stacked_images_keep_channels_innermost() -> None:
+    images = stack_images([sample(), sample()], CPU)
+    assert images.shape == (2, 3, 64, 64)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_perfect_detections_score_one_and_none_score_zero() -> None:
+    truth = [sample((2, 2, 30, 40, 0), (40, 40, 60, 60, 1)), sample(), sample((5, 5, 9, 20, 1))]
+    perfect = [found(s.boxes, s.labels, [0.9] * len(s.labels)) for s in truth]
+    assert average_precision(truth, perfect, 3).ap == pytest.approx(1.0)
+    nothing = [found(s.boxes[:0], s.labels[:0], []) for s in truth]
+    assert average_precision(truth, nothing, 3).ap50 == 0.0
+    wrong_class = [found(s.boxes, 1 - s.labels, [0.9] * len(s.labels)) for s in truth]
+    assert average_precision(truth, wrong_class, 3).ap50 == 0.0
+
+
+def test_ap50_forgives_what_ap_does_not() -> None:
+    truth = [sample((10, 10, 50, 50, 0))]
+    shifted = [found(truth[0].boxes + 6, truth[0].labels, [0.9])]
+    precision = average_precision(truth, shifted, 1)
+    assert precision.ap50 == pytest.approx(1.0)
+    assert 0 < precision.ap < 0.5
+
+
+def test_suppression_works_within_a_class() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [20, 20, 30, 30]])
+    scores = torch.tensor([[0.9, 0.8], [0.7, 0.0], [0.6, 0.0]])
+    (result,) = detections(scores[None], boxes[None], image_size=32)
+    assert list(zip(result.labels.tolist(), result.boxes[:, 0].tolist(), strict=True)) == [
+        (0, 0.0),
+        (1, 0.0),
+        (0, 20.0),
+    ]
+    assert result.scores.tolist() == pytest.approx([0.9, 0.8, 0.6])
+
+
+def test_letterbox_scales_boxes_with_the_image(tmp_path: Path) -> None:
+    pixels = np.zeros((50, 100, 3), np.uint8)
+    pixels[10:30, 20:60] = 255
+    path = tmp_path / "a.png"
+    Image.fromarray(pixels).save(path)
+    box = np.array([[20, 10, 60, 30]], np.float32)
+    boxed = letterbox(Entry(path, 100, 50, box, np.array([0])), side=200)
+    assert boxed.boxes.tolist() == [[40, 70, 120, 110]]
+    assert boxed.image[72:108, 42:118].min() > 250
+    assert boxed.image[52:68, :].max() < 5
+
+    flipped = mirror(boxed)
+    assert flipped.boxes.tolist() == [[80, 70, 160, 110]]
+    assert flipped.image[72:108, 82:158].min() > 250
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 500])
+def test_rate_rises_then_falls(steps: int) -> None:
+    rates = [rate(step, steps) for step in range(steps)]
+    assert all(0 < value <= 1 for value in rates)
+    if steps == 500:
+        assert rates[0] < 0.1 < 0.9 < max(rates) and rates[-1] < 0.02
+
+
+def test_running_mean_is_centred() -> None:
+    assert running_mean([1.0, 2.0, 6.0], window=1).tolist() == [1, 2, 6]
+    assert running_mean([1.0, 2.0, 6.0], window=2).tolist() == [1.5, 3, 4]
+
+
+@pytest.mark.parametrize("criterion", sorted(RECIPES))
+def test_a_batch_without_boxes_trains(criterion: str) -> None:
+    torch.manual_seed(0)
+    model = RECIPES[criterion].build(3, 64, CPU).train()
+    empty = [sample(), sample()]
+    losses = model(stack_images(empty, CPU), empty)
+    losses["total_loss"].backward()
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("criterion", sorted(RECIPES))
+def test_a_short_training_finds_shapes(criterion: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    settings = Settings(criterion, 100, 8, 96, 0, "torch", CPU, 1, tmp_path)
+    images = ShapeImages(96, 0)
+    model = RECIPES[criterion].build(len(CLASS_NAMES), 96, CPU)
+    history = fit(model, images, RECIPES[criterion].learning_rate, settings)
+    assert set(map(len, history.values())) == {100}
+    assert history["total_loss"][-1] < 0.5 * history["total_loss"][0]
+    assert evaluate(model, images, settings).precision.ap50 > 0.1
