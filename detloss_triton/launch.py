@@ -18,8 +18,9 @@ from . import backend
 if TYPE_CHECKING:
     from .op import Call
 
-# Elements a program holds at a time, per input: with 4 warps, 16 in each lane.
-TILE = 2048
+# Elements a program holds at a time, per input: with 4 warps, 8 in each lane. Twice as many would
+# take 230 registers in the focal loss and leave room for two programs on a multiprocessor.
+TILE = 1024
 
 
 @dataclass(frozen=True)

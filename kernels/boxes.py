@@ -65,7 +65,7 @@ def overlap_kernel(
     weight, m_used = row_weight(p_weight, outer, inner, s_weight_o, s_weight_i, m_row, HAS_WEIGHT)
     o_p = outer * s_pred_o + inner * s_pred_i
     o_t = outer * s_target_o + inner * s_target_i
-    loss, gradients = overlap_loss_and_grad(
+    loss, a, b, c, d, e, f, g, h = overlap_loss_and_grad(
         load_column(p_pred, 0, o_p, s_pred_f, m_used),
         load_column(p_pred, 1, o_p, s_pred_f, m_used),
         load_column(p_pred, 2, o_p, s_pred_f, m_used),
@@ -78,7 +78,6 @@ def overlap_kernel(
     )  # fmt: skip
     if BACKWARD:
         scale = weight * upstream(p_dout, segment, row, m_row, EACH)
-        a, b, c, d, e, f, g, h = gradients
         if GRAD_PRED:
             o_d = outer * s_dpred_o + inner * s_dpred_i
             store_column(p_dpred, 0, o_d, s_dpred_f, tl.where(m_used, scale * a, 0.0), m_row)

@@ -19,15 +19,16 @@ def similarity(
 ):  # fmt: skip
     """IoU, DIoU or CIoU, EPS added to the denominators."""
     iou, _, _, _, _ = iou_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS, True)
-    if IOU == "iou":
-        return iou
-    ratio, _ = centre_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS)
-    if IOU == "diou":
-        return iou - ratio
-    aspect, _, _, _, _, _ = aspect_and_grad(
-        px2 - px1, py2 - py1, tx2 - tx1, ty2 - ty1, iou, EPS, False
-    )
-    return iou - ratio - aspect
+    value = iou
+    if IOU != "iou":
+        ratio, _, _, _, _, _, _, _, _ = centre_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS)
+        value = iou - ratio
+    if IOU == "ciou":
+        aspect, _, _, _, _, _ = aspect_and_grad(
+            px2 - px1, py2 - py1, tx2 - tx1, ty2 - ty1, iou, EPS, False
+        )
+        value = value - aspect
+    return value
 
 
 @triton.jit(do_not_specialize=["n_targets", "n_anchors", "n_blocks"])
@@ -105,7 +106,7 @@ def match_cost_kernel(
     pw = tl.load(p_box + 2 * s_boxes_f, mask=m_query, other=0.0).to(tl.float32)
     ph = tl.load(p_box + 3 * s_boxes_f, mask=m_query, other=0.0).to(tl.float32)
     distance = tl.abs(px - tx) + tl.abs(py - ty) + tl.abs(pw - tw) + tl.abs(ph - th)
-    giou, _ = giou_loss_and_grad(
+    giou, _, _, _, _, _, _, _, _ = giou_loss_and_grad(
         px - 0.5 * pw, py - 0.5 * ph, px + 0.5 * pw, py + 0.5 * ph,
         tx - 0.5 * tw, ty - 0.5 * th, tx + 0.5 * tw, ty + 0.5 * th, 1e-6,
     )  # fmt: skip

@@ -212,10 +212,10 @@ def iou_loss_and_grad(
     else:
         loss = 1.0 - iou
         slope = -clear
-    gradients = area_chain(
+    a, b, c, d, e, f, g, h = area_chain(
         px1, py1, px2, py2, tx1, ty1, tx2, ty2, slope * by_inter, slope * by_area
     )
-    return loss, gradients
+    return loss, a, b, c, d, e, f, g, h
 
 
 @triton.jit
@@ -237,7 +237,8 @@ def giou_loss_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS: tl.constexpr
     by_hull = union / hull / hull * hull_clear
     w = w * h_clear * by_hull
     h = h * w_clear * by_hull
-    return loss, (
+    return (
+        loss,
         a + h * wp1,
         b + w * hp1,
         c + h * wp2,
@@ -262,7 +263,8 @@ def centre_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS: tl.constexpr):
     sy = 0.5 * sy / diagonal
     w = -2.0 * w * ratio / diagonal
     h = -2.0 * h * ratio / diagonal
-    return ratio, (
+    return (
+        ratio,
         sx + w * wp1,
         sy + h * hp1,
         sx + w * wp2,
@@ -277,9 +279,9 @@ def centre_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS: tl.constexpr):
 @triton.jit
 def diou_loss_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS: tl.constexpr):
     iou, _, by_inter, by_area, _ = iou_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS, True)
-    ratio, (a, b, c, d, e, f, g, h) = centre_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS)
+    ratio, a, b, c, d, e, f, g, h = centre_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS)
     i, j, k, m, n, o, p, q = area_chain(px1, py1, px2, py2, tx1, ty1, tx2, ty2, -by_inter, -by_area)
-    return 1.0 - iou + ratio, (a + i, b + j, c + k, d + m, e + n, f + o, g + p, h + q)
+    return 1.0 - iou + ratio, a + i, b + j, c + k, d + m, e + n, f + o, g + p, h + q
 
 
 @triton.jit
@@ -310,7 +312,7 @@ def ciou_loss_and_grad(
     px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS: tl.constexpr, ALPHA_GRAD: tl.constexpr
 ):
     iou, _, by_inter, by_area, _ = iou_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS, True)
-    ratio, (a, b, c, d, e, f, g, h) = centre_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS)
+    ratio, a, b, c, d, e, f, g, h = centre_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS)
     aspect, by_iou, pw, ph, tw, th = aspect_and_grad(
         px2 - px1, py2 - py1, tx2 - tx1, ty2 - ty1, iou, EPS, ALPHA_GRAD
     )
@@ -318,7 +320,8 @@ def ciou_loss_and_grad(
     i, j, k, m, n, o, p, q = area_chain(
         px1, py1, px2, py2, tx1, ty1, tx2, ty2, by_iou * by_inter, by_iou * by_area
     )
-    return 1.0 - iou + ratio + aspect, (
+    return (
+        1.0 - iou + ratio + aspect,
         a + i - pw,
         b + j - ph,
         c + k + pw,

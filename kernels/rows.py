@@ -39,5 +39,7 @@ def put_losses(p_out, loss, row, m_row, EACH: tl.constexpr):
 def upstream(p_dout, segment, row, m_row, EACH: tl.constexpr):
     """The upstream gradient of each row's loss: its own, or that of its segment's sum."""
     if EACH:
-        return tl.load(p_dout + row, mask=m_row, other=0.0).to(tl.float32)
-    return tl.load(p_dout + segment).to(tl.float32)
+        gradient = tl.load(p_dout + row, mask=m_row, other=0.0)
+    else:
+        gradient = tl.load(p_dout + segment)
+    return gradient.to(tl.float32)
