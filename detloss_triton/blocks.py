@@ -81,12 +81,9 @@ def backward(
     weight: Tensor | None,
     inputs: tuple[Tensor | None, ...],
     dout: Tensor,
-    wanted: tuple[bool, ...],
-) -> list[Tensor | None]:
-    gradients = [
-        torch.empty_like(x) if want and x is not None else None
-        for x, want in zip(inputs, wanted, strict=True)
-    ]
+    gradients: list[Tensor | None],
+) -> None:
+    """Write the gradients, which are uninitialised; None is not wanted."""
     for index in _indices(call, inputs):
         block = [None if x is None else x[index].detach() for x in inputs]
         leaves = [
@@ -102,4 +99,3 @@ def backward(
         for g in gradients:
             if g is not None:
                 g[index] = next(results)
-    return gradients

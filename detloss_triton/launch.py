@@ -48,15 +48,11 @@ def backward(
     weight: Tensor | None,
     inputs: tuple[Tensor | None, ...],
     dout: Tensor,
-    wanted: tuple[bool, ...],
-) -> list[Tensor | None]:
-    gradients = [
-        torch.empty_like(x) if want and x is not None else None
-        for x, want in zip(inputs, wanted, strict=True)
-    ]
+    gradients: list[Tensor | None],
+) -> None:
+    """Write the gradients, which are uninitialised; None is not wanted."""
     if math.prod(call.rows) > 0:
         _run(call, weight, inputs, dout.to(torch.float32).contiguous(), gradients)
-    return gradients
 
 
 def _run(

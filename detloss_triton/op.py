@@ -241,9 +241,13 @@ class _Rows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[3:]
+        gradients = [
+            torch.empty_like(x) if wanted and x is not None else None
+            for x, wanted in zip(inputs, ctx.needs_input_grad[3:], strict=True)
+        ]
         module = launch if ctx.chosen == "triton" else blocks
-        return None, None, None, *module.backward(ctx.call, weight, tuple(inputs), dout, wanted)
+        module.backward(ctx.call, weight, tuple(inputs), dout, gradients)
+        return None, None, None, *gradients
 
 
 def row_loss(

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from detloss_triton.matchers import HungarianMatcher
 from detloss_triton.reduction import EPS32
 from detloss_triton.targets import Targets
 
@@ -17,23 +15,20 @@ from .set_prediction import (
     Layers,
     Matched,
     Output,
+    SetCriterion,
     box_losses,
     classification_losses,
     count_boxes,
     denoising_map,
-    get_cdn_matched_indices,
     iou_of,
-    map_of_indices,
     matched_targets,
     named_losses,
     prepare,
     stack_layers,
 )
 
-MATCHING_COSTS = {"cost_class": 2.0, "cost_bbox": 5.0, "cost_giou": 2.0}
 
-
-class DetrCriterion(nn.Module):
+class DetrCriterion(SetCriterion):
     """Losses of RT-DETR (Zhao et al., 2023, https://arxiv.org/abs/2304.08069).
 
     Args:
@@ -41,30 +36,6 @@ class DetrCriterion(nn.Module):
         alpha, gamma: of the varifocal loss.
         num_classes: number of classes C.
     """
-
-    get_cdn_matched_indices = staticmethod(get_cdn_matched_indices)
-
-    def __init__(
-        self,
-        weight_dict: dict[str, int | float],
-        alpha: float = 0.2,
-        gamma: float = 2.0,
-        num_classes: int = 80,
-    ) -> None:
-        super().__init__()
-        self.weight_dict = weight_dict
-        self.matcher = HungarianMatcher(MATCHING_COSTS)
-        self.alpha = alpha
-        self.gamma = gamma
-        self.num_classes = num_classes
-
-    def prepare(
-        self,
-        targets: Sequence[Mapping[str, Tensor]],
-        dn_meta: Mapping[str, Any] | None = None,
-    ) -> tuple[Targets, dict[str, Any] | None]:
-        """Targets and dn_meta as `forward` packs them: call it outside a compiled region."""
-        return prepare(targets, dn_meta)
 
     def forward(
         self,
@@ -144,9 +115,6 @@ class DetrCriterion(nn.Module):
         num_boxes: float | Tensor,
         *names: str,
     ) -> dict[str, Tensor]:
-        packed, _ = prepare(targets, None)
-        layers = stack_layers([("", outputs)])
-        found = matched_targets(map_of_indices(indices, layers.logits.shape[2]), packed)
-        norm = torch.as_tensor(num_boxes, dtype=torch.float32, device=layers.logits.device)
+        layers, found, norm = self._given(outputs, targets, indices, num_boxes)
         losses = self._losses(layers, found, norm)
         return {name: losses[name] for name in names}

@@ -6,26 +6,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from detloss_triton.boxes import cxcywh_to_xyxy, ltrb
-from detloss_triton.matchers import HungarianMatcher, union_of_matches
+from detloss_triton.matchers import union_of_matches
 from detloss_triton.ops.distribution import distillation, two_bin
 from detloss_triton.targets import Targets
 
-from .detr import MATCHING_COSTS
 from .set_prediction import (
     Indices,
     Layers,
     Matched,
     Output,
+    SetCriterion,
     box_losses,
     classification_losses,
     count_boxes,
     denoising_map,
-    get_cdn_matched_indices,
     iou_of,
-    map_of_indices,
     matched_targets,
     named_losses,
     prepare,
@@ -38,7 +36,7 @@ _REFERENCE_BATCH = 8
 _SIZE_EPS = 1e-16
 
 
-class DFINECriterion(nn.Module):
+class DFINECriterion(SetCriterion):
     """Losses of D-FINE (Peng et al., 2024, https://arxiv.org/abs/2410.13842).
 
     Args:
@@ -49,8 +47,6 @@ class DFINECriterion(nn.Module):
         reg_max: bins of a side's distribution less one, even.
     """
 
-    get_cdn_matched_indices = staticmethod(get_cdn_matched_indices)
-
     def __init__(
         self,
         weight_dict: dict[str, int | float],
@@ -59,23 +55,10 @@ class DFINECriterion(nn.Module):
         num_classes: int = 80,
         reg_max: int = 32,
     ) -> None:
-        super().__init__()
+        super().__init__(weight_dict, alpha, gamma, num_classes)
         if reg_max < 4 or reg_max % 2:
             raise ValueError(f"reg_max must be even and at least 4, got {reg_max}")
-        self.weight_dict = weight_dict
-        self.matcher = HungarianMatcher(MATCHING_COSTS)
-        self.alpha = alpha
-        self.gamma = gamma
-        self.num_classes = num_classes
         self.reg_max = reg_max
-
-    def prepare(
-        self,
-        targets: Sequence[Mapping[str, Tensor]],
-        dn_meta: Mapping[str, Any] | None = None,
-    ) -> tuple[Targets, dict[str, Any] | None]:
-        """Targets and dn_meta as `forward` packs them: call it outside a compiled region."""
-        return prepare(targets, dn_meta)
 
     def forward(
         self,
@@ -211,7 +194,7 @@ class DFINECriterion(nn.Module):
         num_boxes: float | Tensor,
     ) -> dict[str, Tensor]:
         """Varifocal loss of one layer matched by `indices`, without its weight."""
-        layers, found, norm = self._one(outputs, targets, indices, num_boxes)
+        layers, found, norm = self._given(outputs, targets, indices, num_boxes)
         iou = iou_of(layers.boxes, found)
         vfl = classification_losses(layers.logits, iou, found, self.alpha, self.gamma)
         return {"loss_vfl": (vfl / norm).squeeze(0)}
@@ -224,7 +207,7 @@ class DFINECriterion(nn.Module):
         num_boxes: float | Tensor,
     ) -> dict[str, Tensor]:
         """L1 and GIoU losses of one layer matched by `indices`, without their weights."""
-        layers, found, norm = self._one(outputs, targets, indices, num_boxes)
+        layers, found, norm = self._given(outputs, targets, indices, num_boxes)
         distance, overlap = box_losses(layers.boxes, found)
         return {
             "loss_bbox": (distance / norm).squeeze(0),
@@ -240,26 +223,13 @@ class DFINECriterion(nn.Module):
         temperature: float = _TEMPERATURE,
     ) -> dict[str, Tensor]:
         """Localisation and distillation losses of one layer matched by `indices`, unweighted."""
-        layers, found, norm = self._one(outputs, targets, indices, num_boxes)
+        layers, found, norm = self._given(outputs, targets, indices, num_boxes)
         iou = iou_of(layers.boxes, found)
         plain = DFINECriterion({"loss_fgl": 1.0, "loss_ddf": 1.0}, reg_max=self.reg_max)
         return plain._local(
             *(layers, found, iou, norm, _balance(found.matched), self._bins(outputs)),
             temperature=temperature,
         )
-
-    def _one(
-        self,
-        outputs: Output,
-        targets: Sequence[Mapping[str, Tensor]],
-        indices: Indices,
-        num_boxes: float | Tensor,
-    ) -> tuple[Layers, Matched, Tensor]:
-        packed, _ = prepare(targets, None)
-        layers = stack_layers([("", outputs)])
-        found = matched_targets(map_of_indices(indices, layers.logits.shape[2]), packed)
-        norm = torch.as_tensor(num_boxes, dtype=torch.float32, device=layers.logits.device)
-        return layers, found, norm
 
     @staticmethod
     def fgl_loss(

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from detloss_triton.boxes import cxcywh_to_xyxy
+from detloss_triton.matchers import HungarianMatcher
 from detloss_triton.ops.classification import varifocal
 from detloss_triton.ops.regression import giou_loss, iou_loss, l1
 from detloss_triton.reduction import rank_means
@@ -24,6 +25,9 @@ _GIOU_EPS = 1e-6
 
 Output = Mapping[str, Any]
 Indices = Sequence[tuple[Tensor, Tensor]]
+
+
+MATCHING_COSTS = {"cost_class": 2.0, "cost_bbox": 5.0, "cost_giou": 2.0}
 
 
 @dataclass(frozen=True)
@@ -216,3 +220,45 @@ def get_cdn_matched_indices(
         (positive, torch.arange(len(t["labels"]), device=t["labels"].device).repeat(groups))
         for positive, t in zip(positives, targets, strict=True)
     ]
+
+
+class SetCriterion(nn.Module):
+    """A criterion over matched layers: its hyperparameters, its matcher, its packing."""
+
+    get_cdn_matched_indices = staticmethod(get_cdn_matched_indices)
+
+    def __init__(
+        self,
+        weight_dict: dict[str, int | float],
+        alpha: float = 0.2,
+        gamma: float = 2.0,
+        num_classes: int = 80,
+    ) -> None:
+        super().__init__()
+        self.weight_dict = weight_dict
+        self.matcher = HungarianMatcher(MATCHING_COSTS)
+        self.alpha = alpha
+        self.gamma = gamma
+        self.num_classes = num_classes
+
+    def prepare(
+        self,
+        targets: Sequence[Mapping[str, Tensor]],
+        dn_meta: Mapping[str, Any] | None = None,
+    ) -> tuple[Targets, dict[str, Any] | None]:
+        """Targets and dn_meta as `forward` packs them: call it outside a compiled region."""
+        return prepare(targets, dn_meta)
+
+    def _given(
+        self,
+        outputs: Output,
+        targets: Sequence[Mapping[str, Tensor]],
+        indices: Indices,
+        num_boxes: float | Tensor,
+    ) -> tuple[Layers, Matched, Tensor]:
+        """One layer, matched by (query indices, target indices) per image, and its normaliser."""
+        packed, _ = prepare(targets, None)
+        layers = stack_layers([("", outputs)])
+        found = matched_targets(map_of_indices(indices, layers.logits.shape[2]), packed)
+        norm = torch.as_tensor(num_boxes, dtype=torch.float32, device=layers.logits.device)
+        return layers, found, norm
