@@ -29,7 +29,7 @@ _Index = tuple[int | slice, ...]
 
 def pays(call: Call, inputs: tuple[Tensor | None, ...]) -> bool:
     """Whether the call is worth cutting: eager, on the CPU, and more than one block long."""
-    if torch.compiler.is_compiling() or not call.op.cut:
+    if torch.compiler.is_compiling() or not call.op.cut or not call.rows:
         return False
     widest = max(x.numel() for x in inputs if x is not None)
     device = next(x.device for x in inputs if x is not None)

@@ -23,7 +23,7 @@ def two_bin_kernel(
     segment, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, FLAT, BR)
     weight, m_used = row_weight(p_weight, outer, inner, s_weight_o, s_weight_i, m_row, HAS_WEIGHT)
     o_left = outer * s_left_o + inner * s_left_i
-    left = tl.load(p_left + o_left, mask=m_used, other=-1).to(tl.int32)
+    left = tl.load(p_left + o_left, mask=m_used, other=-1).to(tl.int64)
     m_used = m_used & (left >= 0) & (left < n_features)
     weight_left = tl.full([BR], 1.0, tl.float32)
     if HAS_WEIGHT_LEFT:
