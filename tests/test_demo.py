@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,13 +11,25 @@ import pytest
 import torch
 from PIL import Image
 
+from detloss_triton import cli
+from detloss_triton.boxes import cxcywh_to_xyxy
+from detloss_triton.criteria.dfine import bin_positions, box_bins
 from detloss_triton.demo.average_precision import average_precision
 from detloss_triton.demo.coco import Entry
 from detloss_triton.demo.coco_images import letterbox, mirror
 from detloss_triton.demo.decode import detections
+from detloss_triton.demo.denoising import POSITIVES, denoising_queries
 from detloss_triton.demo.detectors import RECIPES
+from detloss_triton.demo.dfine import moved_sides
 from detloss_triton.demo.pictures import running_mean
-from detloss_triton.demo.samples import Array, Detections, Sample, pad_targets, stack_images
+from detloss_triton.demo.samples import (
+    Array,
+    Detections,
+    Sample,
+    normalised_targets,
+    pad_targets,
+    stack_images,
+)
 from detloss_triton.demo.shapes import CLASS_NAMES, MOST_SHAPES, ShapeImages
 from detloss_triton.demo.train import Settings, evaluate, fit, rate
 
@@ -62,6 +75,73 @@ def test_targets_are_padded_with_class_minus_one() -> None:
     targets = pad_targets([sample((1, 2, 3, 4, 0)), sample()], CPU)
     assert targets.tolist() == [[[0, 1, 2, 3, 4]], [[-1, 0, 0, 0, 0]]]
     assert pad_targets([sample()], CPU).shape == (1, 1, 5)
+
+
+def test_normalised_targets_are_centres_and_sizes() -> None:
+    two, none = normalised_targets([sample((0, 16, 32, 64, 2), (8, 8, 24, 24, 0)), sample()], CPU)
+    assert two["labels"].tolist() == [2, 0]
+    assert two["boxes"].tolist() == [[0.25, 0.625, 0.5, 0.75], [0.25, 0.25, 0.25, 0.25]]
+    assert none["labels"].shape == (0,) and none["boxes"].shape == (0, 4)
+
+
+def test_denoising_positives_stay_near_and_negatives_leave() -> None:
+    torch.manual_seed(0)
+    # Away from the edges, where corners are cut off.
+    images = [
+        sample((20, 24, 32, 40, 1), (30, 20, 44, 36, 2)),
+        sample(),
+        sample((24, 20, 40, 44, 0)),
+    ]
+    targets = normalised_targets(images, CPU)
+    queries = denoising_queries(targets, num_classes=3)
+    assert queries is not None
+    assert queries.groups == POSITIVES // 2
+    assert queries.labels.shape == (3, 4 * queries.groups)
+    assert queries.boxes.shape == (3, 4 * queries.groups, 4)
+    assert queries.positives[0].tolist() == [
+        4 * k + i for k in range(queries.groups) for i in (0, 1)
+    ]
+    assert queries.positives[1].tolist() == []
+    assert queries.positives[2].tolist() == [4 * k for k in range(queries.groups)]
+    assert (queries.labels[1] == 3).all() and (queries.boxes[1] == 0).all()
+    for image in (0, 2):
+        n = len(targets[image]["labels"])
+        truth = targets[image]["boxes"].repeat(queries.groups, 1)
+        moves = []
+        for index in (queries.positives[image], queries.positives[image] + 2):
+            moved = cxcywh_to_xyxy(queries.boxes[image, index]) - cxcywh_to_xyxy(truth)
+            moves.append((moved / truth[:, 2:].repeat(1, 2)).abs())
+        assert len(truth) == n * queries.groups
+        assert 0.1 < moves[0].max() < 0.5 and (moves[1].amax(1) >= 0.5 - 1e-5).any()
+        kept = (
+            queries.labels[image, queries.positives[image]].view(-1, n) == targets[image]["labels"]
+        )
+        assert 0.5 < kept.float().mean() < 1
+    assert denoising_queries(normalised_targets([sample(), sample()], CPU), 3) is None
+
+
+def test_denoising_groups_are_hidden_from_other_queries() -> None:
+    queries = denoising_queries(normalised_targets([sample((8, 8, 40, 40, 0))], CPU), num_classes=1)
+    assert queries is not None
+    blocked = queries.blocked(n_queries=3)
+    n = queries.labels.shape[1]
+    assert blocked.shape == (n + 3, n + 3)
+    # Any query may look at the three others, and only a denoising query at its group.
+    assert not blocked[:, n:].any() and blocked[n:, :n].all()
+    own_group = torch.eye(n // 2, dtype=torch.bool).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    assert torch.equal(~blocked[:n, :n], own_group)
+
+
+def test_moved_sides_undo_the_criterions_bins() -> None:
+    torch.manual_seed(0)
+    scale = torch.tensor([4.0])
+    positions = bin_positions(32, torch.tensor([0.5]), scale)
+    points = torch.rand(1, 2, 5, 4) * 0.2 + 0.4
+    boxes = points + 0.02 * torch.randn_like(points)
+    left, right_weight = box_bins(points, boxes, positions, scale)
+    distances = torch.lerp(positions[left], positions[left + 1], right_weight)
+    torch.testing.assert_close(moved_sides(points, distances, 4.0), boxes)
+    assert torch.equal(moved_sides(points, torch.zeros_like(points), 4.0), points)
 
 
 def test_stacked_images_keep_channels_innermost() -> None:
@@ -141,14 +221,34 @@ def test_a_batch_without_boxes_trains(criterion: str) -> None:
         assert parameter.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("criterion", ["detr", "dfine"])
+def test_train_sums_each_term_over_the_layers(criterion: str, tmp_path: Path) -> None:
+    size = ["--steps", "2", "--batch-size", "4", "--image-size", "64", "--device", "cpu"]
+    assert cli.main(["train", "--criterion", criterion, *size, "--output", str(tmp_path)]) == 0
+    losses = json.loads((tmp_path / "metrics.json").read_text())["losses"]
+    terms = {"loss_vfl", "loss_bbox", "loss_giou"}
+    terms |= {"loss_fgl", "loss_ddf"} if criterion == "dfine" else set()
+    for values in losses.values():
+        assert set(values) == {*terms, "total_loss"}
+        assert values["total_loss"] == pytest.approx(sum(values[term] for term in terms))
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+    assert (tmp_path / "predictions.png").stat().st_size > 10_000
+
+
+# Steps, and the share of the loss that may be left: a transformer needs longer, and the better its
+# boxes, the more its classification and distribution losses count.
+SHORT_TRAININGS = {"detr": (200, 0.8), "dfine": (200, 0.9), "yolov9": (100, 0.5)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("criterion", sorted(RECIPES))
 def test_a_short_training_finds_shapes(criterion: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    settings = Settings(criterion, 100, 8, 96, 0, "torch", CPU, 1, tmp_path)
+    steps, share = SHORT_TRAININGS[criterion]
+    settings = Settings(criterion, steps, 8, 96, 0, "torch", CPU, 1, tmp_path)
     images = ShapeImages(96, 0)
     model = RECIPES[criterion].build(len(CLASS_NAMES), 96, CPU)
     history = fit(model, images, RECIPES[criterion].learning_rate, settings)
-    assert set(map(len, history.values())) == {100}
-    assert history["total_loss"][-1] < 0.5 * history["total_loss"][0]
+    assert set(map(len, history.values())) == {steps}
+    assert history["total_loss"][-1] < share * history["total_loss"][0]
     assert evaluate(model, images, settings).precision.ap50 > 0.1

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .detr import DetrDetector
+from .dfine import DFINEDetector
 from .yolov9 import YOLOv9Detector
 
 
@@ -26,5 +28,7 @@ class Recipe:
 
 
 RECIPES = {
+    "detr": Recipe(DetrDetector, steps=500, learning_rate=4e-3),
+    "dfine": Recipe(DFINEDetector, steps=500, learning_rate=4e-3),
     "yolov9": Recipe(YOLOv9Detector, steps=500, learning_rate=8e-3),
 }

@@ -20,12 +20,19 @@ PICTURES_PER_ROW = 4
 LOWEST_SCORE_SHOWN = 0.4
 TRUE_COLOUR, PREDICTED_COLOUR = "white", "#00e5ff"
 LABEL_BACKGROUND = "#202020"
+# The loss axis ends this many times below the smallest term's median.
+LARGEST_FALL = 20
 # A label takes this share of the picture's height.
 LABEL_HEIGHT = 0.06
 TERM_NAMES = {
     "loss_cls": "classification (loss_cls)",
+    "loss_bbox": "box distance (loss_bbox)",
+    "loss_ddf": "distillation (loss_ddf)",
     "loss_df": "box distribution (loss_df)",
+    "loss_fgl": "box distribution (loss_fgl)",
+    "loss_giou": "box overlap (loss_giou)",
     "loss_iou": "box overlap (loss_iou)",
+    "loss_vfl": "classification (loss_vfl)",
     "total_loss": "total (total_loss)",
 }
 
@@ -47,6 +54,10 @@ def plot_losses(history: Mapping[str, Sequence[float]], title: str, path: Path) 
             label=TERM_NAMES.get(term, term),
         )
     axes.set_yscale("log")
+    # A term that starts at 0, as a distillation does, would stretch the axis over many decades.
+    lowest = min(float(np.median(values)) for values in history.values()) / LARGEST_FALL
+    if lowest > axes.get_ylim()[0]:
+        axes.set_ylim(bottom=lowest)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())

@@ -80,3 +80,14 @@ def pad_targets(samples: Sequence[Sample], device: torch.device) -> Tensor:
         rows[: len(sample.labels), 0] = sample.labels
         rows[: len(sample.labels), 1:] = sample.boxes
     return torch.from_numpy(targets).to(device)
+
+
+def normalised_targets(samples: Sequence[Sample], device: torch.device) -> list[dict[str, Tensor]]:
+    """Per image {"labels" (n,) int64, "boxes" (n, 4) normalised cxcywh}, for the DETR family."""
+    targets = []
+    for sample in samples:
+        low, high = torch.from_numpy(sample.boxes / np.float32(len(sample.image))).chunk(2, 1)
+        boxes = torch.cat([(low + high) / 2, high - low], 1)
+        labels = torch.from_numpy(sample.labels)
+        targets.append({"labels": labels.to(device), "boxes": boxes.to(device)})
+    return targets
