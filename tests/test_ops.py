@@ -536,7 +536,7 @@ def test_blocks_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
         seen = torch.zeros(rows)
         for index in blocks._indices(op.Call(REGISTRY["l1"], (), 0, x.shape[:-1]), (x, None)):
             seen[index] += 1
-            assert x[index].numel() <= 48
+            assert x[index].numel() < 2 * 48
         assert seen.eq(1).all()
 
 
