@@ -45,7 +45,8 @@ def class_kernel(
         weight = tl.load(p_weight + o_weight, mask=m_row, other=0.0).to(tl.float32)
     if HAS_LABEL:
         o_label = outer * s_label_o + inner * s_label_i
-        label = tl.load(p_label + o_label, mask=m_row, other=-1).to(tl.int64)
+        label = tl.load(p_label + o_label, mask=m_row, other=-1)
+        label = tl.where((label >= 0) & (label < n_features), label, -1).to(tl.int32)
     if BACKWARD:
         weight = weight * upstream(p_dout, segment, row, m_row, EACH)
     o_logits = outer * s_logits_o + inner * s_logits_i

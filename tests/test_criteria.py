@@ -6,8 +6,7 @@ import dataclasses
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from builders import BUILDERS, STRIDES, Batch, Draw, coder, rtmdet, yolov9
+from synchronisation import NoHostReads
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from trees import Unchanged, leaves, mapped
 
 import detloss_triton as dt
-from detloss_triton import backend as backends
 
 over_criteria = pytest.mark.parametrize("name", list(BUILDERS))
 HALVES = (torch.float16, torch.bfloat16)
@@ -63,52 +61,6 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: f
         )
 
 
-class NoSynchronisation(TorchDispatchMode):
-    """Raises on every operation whose result, or the size of it, the host has to wait for."""
-
-    WAITING = (
-        torch.ops.aten._local_scalar_dense,
-        torch.ops.aten.nonzero,
-        torch.ops.aten.masked_select,
-        torch.ops.aten.equal,
-        torch.ops.aten._unique2,
-        torch.ops.aten.unique_consecutive,
-        torch.ops.aten.unique_dim,
-        torch.ops.aten.bincount,
-    )
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        packet = func.overloadpacket
-        assert packet not in self.WAITING, f"{func} waits for the device"
-        if packet in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
-            masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
-            assert not masks, f"{func} by a mask waits for the device"
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def no_synchronisation(device: torch.device) -> Iterator[None]:
-    """Neither by the dispatched operations nor, on a GPU, by what CUDA's runtime sees."""
-    launch = backends.launch
-
-    def unseen(*args: Any, **kwargs: Any) -> None:
-        # The interpreter is the device here, and reads its own memory.
-        with _disable_current_modes():
-            launch(*args, **kwargs)
-
-    with ExitStack() as stack:
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("error")
-            stack.callback(torch.cuda.set_sync_debug_mode, "default")
-        else:
-            patch = stack.enter_context(pytest.MonkeyPatch.context())
-            patch.setattr(backends, "launch", unseen)
-        stack.enter_context(NoSynchronisation())
-        yield
-
-
 def test_the_detector_of_synchronisations_works(device: torch.device) -> None:
     x = torch.arange(3.0, device=device)
     waiting: list[Callable[[], Any]] = [
@@ -123,7 +75,7 @@ def test_the_detector_of_synchronisations_works(device: torch.device) -> None:
     for wait in waiting:
         with (
             pytest.raises((AssertionError, RuntimeError)),
-            no_synchronisation(device),
+            NoHostReads(device),
         ):
             wait()
 
@@ -139,7 +91,7 @@ def test_nothing_waits_for_the_device(
     criterion = made(batch, device)
     if device.type == "cuda":  # compiling a kernel may wait, once
         mixed(criterion(**batch.inputs)).backward()
-    with no_synchronisation(device):
+    with NoHostReads(device):
         mixed(criterion(**batch.inputs)).backward()
 
 

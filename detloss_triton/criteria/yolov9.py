@@ -52,7 +52,6 @@ class YOLOv9Criterion(nn.Module):
         self.loss_cls = loss_cls or BCELoss()
         self.loss_dfl = loss_dfl or DFLoss(vec2box, reg_max)
         self.loss_iou = loss_iou or BoxLoss()
-        self.reg_max = reg_max
         self.cls_rate = cls_rate
         self.dfl_rate = dfl_rate
         self.iou_rate = iou_rate
@@ -126,11 +125,12 @@ class YOLOv9Criterion(nn.Module):
                 torch.cat([_logits_of(labels, head) for head in heads]),
                 gt_boxes.repeat(n_heads, 1, 1),
             )
-            norm = found.score.view(n_heads, -1).sum(1)
+            norm = _by_head(found.score, heads).sum((1, 2))
             norm = torch.where(norm > 0, norm, 1)
         pairs = _Pairs(self.vec2box, found, gt_boxes.repeat(n_heads, 1, 1))
         cls = self._loss_cls(heads, labels.repeat(n_heads, 1), found) / norm
-        dfl = pairs.distribution_loss(heads, self.reg_max) / norm
+        bins = self.loss_dfl.reg_max if isinstance(self.loss_dfl, DFLoss) else 0
+        dfl = pairs.distribution_loss(heads, bins) / norm if bins else torch.zeros_like(norm)
         iou = pairs.box_loss(heads) / norm
         if strangers is None:
             return cls, dfl, iou
@@ -147,8 +147,8 @@ class YOLOv9Criterion(nn.Module):
             label = self.matcher.over_anchors(found, labels.gather(1, found.target), -1)
             score = self.matcher.over_anchors(found, found.score, 0)
             sizes = [c.shape[-2:].numel() for c, _, _ in heads[0]]
-            labels_by_level = label.view(len(heads), -1, label.shape[1]).split(sizes, 2)
-            scores_by_level = score.view(len(heads), -1, label.shape[1]).split(sizes, 2)
+            labels_by_level = _by_head(label, heads).split(sizes, 2)
+            scores_by_level = _by_head(score, heads).split(sizes, 2)
         return torch.stack(
             [
                 torch.stack(
@@ -194,6 +194,11 @@ class YOLOv9Criterion(nn.Module):
         return scores, boxes / self.vec2box.scaler.unsqueeze(-1)
 
 
+def _by_head(x: Tensor, heads: Sequence[Sequence[Level]]) -> Tensor:
+    """(heads * B, ...) as (heads, B, ...), also where B is 0."""
+    return x.unflatten(0, (len(heads), len(x) // len(heads)))
+
+
 def _weighted(per_head: Tensor, rates: Sequence[float]) -> Tensor:
     main, *aux = per_head.unbind()
     return main + aux[0] * rates[1] if aux else main
@@ -218,11 +223,10 @@ class _Pairs:
         self.boxes = gt_boxes.gather(1, index) / stride
 
     def _of(self, heads: Sequence[Sequence[Level]], part: int) -> Tensor:
-        n = len(self.anchor) // len(heads)
         return torch.cat(
             [
                 at_anchors([level[part].flatten(-2) for level in head], index)
-                for head, index in zip(heads, self.anchor.split(n), strict=True)
+                for head, index in zip(heads, _by_head(self.anchor, heads), strict=True)
             ]
         )
 
@@ -230,8 +234,8 @@ class _Pairs:
         boxes = distance_decode(self._of(heads, 2), self.centre)
         pairs = (boxes, self.boxes)
         return ciou_loss(
-            *(x.unflatten(0, (len(heads), -1)) for x in pairs),
-            weight=self.score.unflatten(0, (len(heads), -1)),
+            *(_by_head(x, heads) for x in pairs),
+            weight=_by_head(self.score, heads),
             keep=1,
             eps=YOLOV9_EPS,
             alpha_grad=True,
@@ -242,5 +246,5 @@ class _Pairs:
         left, right_weight = two_bins(ltrb(self.centre, self.boxes), reg_max)
         score = (self.score / 4).unsqueeze(-1).expand(left.shape)
         rows = (logits, left, 1 - right_weight, right_weight, score)
-        *inputs, weight = (x.unflatten(0, (len(heads), -1)) for x in rows)
+        *inputs, weight = (_by_head(x, heads) for x in rows)
         return two_bin(*inputs, weight=weight, keep=1)

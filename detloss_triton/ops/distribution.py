@@ -13,7 +13,7 @@ from detloss_triton.launch import TILE, Tile, power_of_2
 from detloss_triton.op import Input, Sample, row_loss
 
 # A program holds whole rows; wider ones would spill.
-MAX_BINS = 16384
+MAX_BINS = 4096
 
 
 def _samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
@@ -64,7 +64,10 @@ def _whole_rows(kernel: Any, logits: Tensor, **constants: Any) -> Tile:
     bins = power_of_2(logits.shape[-1])
     if bins > MAX_BINS:
         raise ValueError(f"logits has {logits.shape[-1]} bins, the kernel takes {MAX_BINS}")
-    return Tile(kernel, rows=max(TILE // bins, 1), constants={"BK": bins, **constants})
+    # Rows wider than a tile take more warps, not more registers.
+    warps = max(4, bins * 4 // TILE)
+    constants |= {"BK": bins, "num_warps": warps}
+    return Tile(kernel, rows=max(TILE // bins, 1), constants=constants)
 
 
 def _distillation_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:

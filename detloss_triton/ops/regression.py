@@ -170,7 +170,8 @@ def _distance_tile(pred: Tensor, loss: str, beta: float) -> Tile:
     features = power_of_2(pred.shape[-1])
     return Tile(
         kernels.boxes.distance_kernel,
-        rows=max(TILE // features, 1),
+        # Half a tile: both gradients with 64-bit offsets would spill otherwise on sm_80.
+        rows=max(TILE // 2 // features, 1),
         constants={"LOSS": loss, "BETA": beta, "BF": features},
     )
 
