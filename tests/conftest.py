@@ -33,7 +33,10 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Fill what `torch.empty` and its kin allocate with NaN: outputs left unwritten show."""
+    """Fill what `torch.empty` and its kin allocate with NaN: outputs left unwritten show.
+
+    It comes with deterministic algorithms, and a GPU warns of those it lacks: tests ignore that.
+    """
     before = torch.are_deterministic_algorithms_enabled()
     before_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)

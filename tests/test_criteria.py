@@ -156,6 +156,7 @@ def test_learning_reaches_every_positive(name: str, device: torch.device) -> Non
 
 @over_criteria
 @pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.filterwarnings("ignore:.*deterministic")
 def test_no_memory_is_left_unwritten(name: str, backend: str, device: torch.device) -> None:
     losses, gradients = step(BUILDERS[name]().on(device), device)
     assert all(loss.isfinite().all() for loss in losses.values())
