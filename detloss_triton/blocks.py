@@ -1,50 +1,86 @@
-"""Evaluation of a torch reference in blocks of rows that stay in the CPU's caches.
+"""Evaluation of a torch reference on a CPU: in blocks of rows that stay in its caches.
 
 On a CPU a loss over 10^7 logits is dominated by its temporaries: every one is a pass through memory
 and its page faults. A block's temporaries live in the cache, and there is one block at a time.
-Backward recomputes each block under autograd and writes its slice of the gradient.
+Autograd differentiates each block, in forward where it can, and writes its slice of the gradient.
+
+Rows that have nothing to say are not evaluated: a count costs no synchronisation where the host is
+the device.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from . import backend
+from . import backend, memory
 
 if TYPE_CHECKING:
     from .op import Call
 
-# Elements of a block's widest input: a few such tensors stay in cache, and the fixed cost of a
-# block, some 0.3 ms of small operations, stays small beside its arithmetic.
-ELEMENTS = 2**19
+# Elements of all temporaries of a block, which stay in cache together. Smaller blocks would spend
+# their time on the fixed cost of some 0.2 ms of small operations.
+ELEMENTS = 2**21
 
+# Temporaries of most formulas, each as large as the widest input.
+TEMPORARIES = 16
+
+_Inputs = tuple[Tensor | None, ...]
+Gradients = list[Tensor | None]
 _Index = tuple[int | slice, ...]
 
 
-def pays(call: Call, inputs: tuple[Tensor | None, ...]) -> bool:
+class Part(NamedTuple):
+    """Some rows of a call, evaluated with one set of inputs; a call is the sum of its parts.
+
+    `at` indexes the rows in the call's, and after them possibly a feature of its first input: None
+    is all rows in order. `instead_of` are the inputs that another part took for them: what these
+    gave is subtracted from the losses, and their gradients are overwritten.
+    """
+
+    inputs: _Inputs
+    weight: Tensor | None
+    at: tuple[Tensor, ...] | None = None
+    instead_of: _Inputs | None = None
+
+
+def everything(weight: Tensor | None, *inputs: Tensor | None) -> list[Part]:
+    return [Part(inputs, weight)]
+
+
+def where(mask: Tensor) -> tuple[Tensor, ...]:
+    """Indices of a CPU mask's set entries, one tensor per dimension."""
+    flat = np.flatnonzero(mask.numpy())  # several dimensions at once take numpy ten times as long
+    return tuple(torch.from_numpy(index) for index in np.unravel_index(flat, tuple(mask.shape)))
+
+
+def pays(call: Call, inputs: _Inputs) -> bool:
     """Whether the call is worth cutting: eager, on the CPU, and more than one block long."""
-    if torch.compiler.is_compiling() or not call.op.cut or not call.rows:
+    if torch.compiler.is_compiling() or not call.rows:
         return False
     widest = max(x.numel() for x in inputs if x is not None)
     device = next(x.device for x in inputs if x is not None)
-    return widest > ELEMENTS and backend.is_cached_by_cpu(device)
+    return widest > ELEMENTS // call.op.temporaries and backend.is_cached_by_cpu(device)
 
 
-def _indices(call: Call, inputs: tuple[Tensor | None, ...]) -> Iterator[_Index]:
+def _indices(rows: torch.Size, inputs: _Inputs, temporaries: int) -> Iterator[_Index]:
     """Indices that cut the rows into blocks: whole trailing dimensions of a slice of one."""
-    rows = call.rows
-    width = max(x[(0,) * len(rows)].numel() for x in inputs if x is not None)
+    elements = ELEMENTS // temporaries
+    if rows.numel() == 0:
+        return
+    width = max(x.numel() for x in inputs if x is not None) // rows.numel()
     axis = len(rows) - 1
-    while axis > 0 and width * rows[axis] <= ELEMENTS:
+    while axis > 0 and width * rows[axis] <= elements:
         width *= rows[axis]
         axis -= 1
-    n_blocks = math.ceil(rows[axis] * width / ELEMENTS)
+    n_blocks = math.ceil(rows[axis] * width / elements)
     step = math.ceil(rows[axis] / n_blocks)
     for outer in itertools.product(*(range(n) for n in rows[:axis])):
         for start in range(0, rows[axis], step):
@@ -52,50 +88,156 @@ def _indices(call: Call, inputs: tuple[Tensor | None, ...]) -> Iterator[_Index]:
 
 
 def slices(n: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Slices of n rows of `width` elements that stay in cache; one where cutting is no gain."""
+    """Slices of n rows, with temporaries of `width` elements each, that stay in cache; one where
+    cutting is no gain.
+    """
     whole = torch.compiler.is_compiling() or not backend.is_cached_by_cpu(device)
-    step = n if whole else max(ELEMENTS // max(width, 1), 1)
+    step = n if whole else max(ELEMENTS // max(width * TEMPORARIES, 1), 1)
     for start in range(0, n, max(step, 1)):
         yield slice(start, min(start + step, n))
 
 
-def _at(index: _Index, *tensors: Tensor | None) -> list[Tensor | None]:
+def _at(index: _Index | tuple[Tensor, ...], *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x[index] for x in tensors]
 
 
-def forward(call: Call, weight: Tensor | None, inputs: tuple[Tensor | None, ...]) -> Tensor:
-    out: Tensor | None = None
-    with torch.no_grad():
-        for index in _indices(call, inputs):
-            losses = call.losses(*_at(index, weight, *inputs))
-            if out is None:
-                out = losses.new_zeros(call.out_shape)
-            cell = out[index[: call.keep]]
-            cell += losses if cell.dim() == losses.dim() else losses.flatten(cell.dim()).sum(-1)
-    assert out is not None
-    return out
+def _few(part: Part, live: Tensor) -> Part:
+    """Of a part of all rows only the live ones, where they are few."""
+    if 2 * np.count_nonzero(live.numpy()) > live.numel():
+        return part
+    at = where(live)
+    weight, *inputs = _at(at, part.weight, *part.inputs)
+    return Part(tuple(inputs), weight, at)
+
+
+def forward(
+    call: Call, weight: Tensor | None, inputs: _Inputs, wanted: Sequence[bool]
+) -> tuple[Tensor, Gradients | None]:
+    """The losses; and where `_at_once`, the gradients of their sum by the inputs wanted."""
+    parts = _parts(call, weight, inputs)
+    gradients = None
+    if any(wanted) and _at_once(call, parts):
+        gradients = _new(memory.empty_like, inputs, wanted)
+    return _run(call, parts, gradients), gradients
 
 
 def backward(
     call: Call,
     weight: Tensor | None,
-    inputs: tuple[Tensor | None, ...],
+    inputs: _Inputs,
     dout: Tensor,
-    gradients: list[Tensor | None],
-) -> None:
-    """Write the gradients, which are uninitialised; None is not wanted."""
-    for index in _indices(call, inputs):
+    wanted: Sequence[bool],
+    ready: Gradients | None,
+) -> Gradients:
+    """The gradients. `ready` are those that forward found: they are used up."""
+    upstream = dout[(..., *[None] * (len(call.rows) - call.keep))]
+    parts = _parts(call, weight, inputs)
+    if _at_once(call, parts):
+        gradients = ready or forward(call, weight, inputs, wanted)[1]
+        assert gradients is not None
+        for g in gradients:
+            if g is not None:
+                g *= upstream[(..., *[None] * (g.dim() - upstream.dim()))]
+        return gradients
+    if not call.op.values:
+        upstream = upstream.expand(call.rows)
+    if parts[0].at is None:
+        live = (upstream != 0).any(-1) if call.op.values else upstream != 0
+        few = _few(Part(inputs, weight), live if weight is None else live & (weight != 0))
+        parts = parts if few.at is None else [few]
+    new = memory.empty_like if parts[0].at is None else memory.zeros_like
+    gradients = _new(new, inputs, wanted)
+    _run(call, parts, gradients, upstream)
+    return gradients
+
+
+def _parts(call: Call, weight: Tensor | None, inputs: _Inputs) -> list[Part]:
+    if call.op.skip and weight is not None:
+        return [_few(Part(inputs, weight), weight != 0)]
+    return call.op.parts(weight, *inputs)
+
+
+def _at_once(call: Call, parts: list[Part]) -> bool:
+    """Whether the gradient is computed in forward, and scaled by the upstream gradient later.
+
+    Of losses that are summed every row will be asked for its gradient, and finding it at once saves
+    evaluating the row again. A loss per row may be asked for few rows only; and half precision has
+    to see the upstream gradient before it rounds.
+    """
+    everywhere, inputs = parts[0].at is None, parts[0].inputs
+    half = any(x is not None and x.dtype in (torch.float16, torch.bfloat16) for x in inputs)
+    return everywhere and call.keep < len(call.rows) and not half
+
+
+def _new(
+    allocate: Callable[[Tensor], Tensor], inputs: _Inputs, wanted: Sequence[bool]
+) -> Gradients:
+    return [
+        allocate(x) if want and x is not None else None
+        for x, want in zip(inputs, wanted, strict=True)
+    ]
+
+
+def _run(
+    call: Call, parts: list[Part], gradients: Gradients | None, upstream: Tensor | None = None
+) -> Tensor:
+    """The losses of the parts. Their gradients are written to `gradients`; None is not wanted.
+
+    `upstream` is the upstream gradient of each row, 1 if None.
+    """
+    out = torch.zeros(call.out_shape, dtype=call.dtype(parts[0].inputs))
+    for part in parts:
+        if part.at is None:
+            out += _cut(call, part.weight, part.inputs, gradients, upstream)
+            if call.op.skip and part.weight is not None:
+                skipped = where(part.weight == 0)
+                for g in gradients or []:
+                    if g is not None:
+                        g[skipped] = 0
+            continue
+        rows = part.at[: len(call.rows)]
+        some = gradients and _new(torch.empty_like, part.inputs, [g is not None for g in gradients])
+        picked = replace(call, keep=1, rows=rows[0].shape)
+        above = None if upstream is None else upstream[rows]
+        losses = _cut(picked, part.weight, part.inputs, some, above)
+        if part.instead_of is not None:
+            losses -= _cut(picked, part.weight, part.instead_of, None, None)
+        # Summed from a tensor of all rows: adding at an index is not repeatable with threads.
+        each = losses.new_zeros((*call.rows, *losses.shape[1:]))
+        each[rows] = losses
+        out += call.summed(each)
+        for g, values in zip(gradients or [], some or [], strict=True):
+            if g is not None and values is not None:
+                g[part.at] = values.squeeze(-1) if len(part.at) > len(rows) else values
+    return out
+
+
+def _cut(
+    call: Call,
+    weight: Tensor | None,
+    inputs: _Inputs,
+    gradients: Gradients | None,
+    upstream: Tensor | None,
+) -> Tensor:
+    """The losses of all rows, and their gradients, block by block."""
+    out = torch.zeros(call.out_shape, dtype=call.dtype(inputs))
+    one = out.new_ones(())
+    for index in _indices(call.rows, inputs, call.op.temporaries):
         block = [None if x is None else x[index].detach() for x in inputs]
         leaves = [
             x.requires_grad_()
-            for x, g in zip(block, gradients, strict=True)
+            for x, g in zip(block, gradients or [], strict=False)
             if x is not None and g is not None
         ]
-        with torch.enable_grad():
-            losses = call.losses(None if weight is None else weight[index], *block)
-        upstream = dout[index[: call.keep]]
-        upstream = upstream[(..., *[None] * (losses.dim() - upstream.dim()))].expand_as(losses)
-        results = iter(torch.autograd.grad(losses, leaves, upstream))
-        for g in gradients:
-            if g is not None:
-                g[index] = next(results)
+        with torch.set_grad_enabled(bool(leaves)):
+            losses = call.losses(None if weight is None else weight[index], *block, blank=False)
+        if leaves:
+            above = one.expand_as(losses) if upstream is None else upstream[index]
+            results = iter(torch.autograd.grad(losses, leaves, above))
+            for g in gradients or []:
+                if g is not None:
+                    g[index] = next(results)
+        cell = out[index[: call.keep]]
+        losses = losses.detach()
+        cell += losses if cell.dim() == losses.dim() else losses.flatten(cell.dim()).sum(-1)
+    return out

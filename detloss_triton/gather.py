@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .memory import take
+
 
 def first_set(mask: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Indices (n,) of the first n set entries of a 1-d mask, and whether there are that many.
@@ -36,7 +38,7 @@ def at_anchors(levels: Sequence[Tensor], index: Tensor) -> Tensor:
         inside = (local >= 0) & (local < n)
         shape = (len(index), *(1,) * (level.dim() - 2), index.shape[1])
         where = torch.where(inside, local, 0).view(shape)
-        picked = level.gather(-1, where.expand(*level.shape[:-1], -1))
+        picked = take(level, -1, where.expand(*level.shape[:-1], -1))
         out = picked if out is None else torch.where(inside.view(shape), picked, out)
         start += n
     assert out is not None

@@ -7,6 +7,7 @@ the outer row, inner row and feature dimension `s_x_o`, `s_x_i`, `s_x_f`, flags 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -48,11 +49,15 @@ def backward(
     weight: Tensor | None,
     inputs: tuple[Tensor | None, ...],
     dout: Tensor,
-    gradients: list[Tensor | None],
-) -> None:
-    """Write the gradients, which are uninitialised; None is not wanted."""
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    gradients = [
+        torch.empty_like(x) if want and x is not None else None
+        for x, want in zip(inputs, wanted, strict=True)
+    ]
     if math.prod(call.rows) > 0:
         _run(call, weight, inputs, dout.to(torch.float32).contiguous(), gradients)
+    return gradients
 
 
 def _run(

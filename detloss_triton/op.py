@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backend, blocks, launch
+from .blocks import Part
 
 REGISTRY: dict[str, Op] = {}
 
@@ -103,7 +104,8 @@ class RowOp(Op):
         samples: Callable[..., Iterator[Sample]],
         skip: bool = False,
         values: int = 0,
-        cut: bool = True,
+        parts: Callable[..., list[Part]] | None = None,
+        temporaries: int = blocks.TEMPORARIES,
     ) -> None:
         super().__init__(reference, samples)
         names = list(inspect.signature(reference).parameters)[: len(inputs)]
@@ -112,7 +114,8 @@ class RowOp(Op):
         self.inputs = inputs
         self.skip = skip
         self.values = values
-        self.cut = cut
+        self.parts = parts or blocks.everything
+        self.temporaries = temporaries
 
     def __call__(
         self, *inputs: Tensor | None, weight: Tensor | None = None, keep: int = 0, **params: Any
@@ -126,6 +129,9 @@ class RowOp(Op):
         chosen = backend.choose(differentiable[0].device, [x.dtype for x in differentiable])
         if chosen == "torch" and not blocks.pays(call, inputs):
             return call.whole(weight, *inputs)
+        if not torch.is_grad_enabled():
+            # `needs_input_grad` would still ask for gradients.
+            inputs = tuple(None if x is None else x.detach() for x in inputs)
         return _Rows.apply(call, chosen, weight, *inputs)
 
     def _check(
@@ -194,71 +200,91 @@ class Call:
     keep: int
     rows: torch.Size
 
-    def losses(self, weight: Tensor | None, *inputs: Tensor | None) -> Tensor:
-        """The weighted losses of some of the rows, in float32 or float64."""
-        dtype = compute_dtype(inputs)
-        if weight is not None and self.op.skip:
+    def losses(self, weight: Tensor | None, *inputs: Tensor | None, blank: bool = True) -> Tensor:
+        """The weighted losses of some of the rows, in float32 or float64.
+
+        With `blank`, autograd too finds nothing in rows that are skipped, whatever they hold.
+        """
+        dtype = self.dtype(inputs)
+        skip = weight is not None and self.op.skip
+        if weight is not None and skip and blank:
+            used = weight != 0
             inputs = tuple(
-                torch.where((weight != 0).unsqueeze(-1), x, 0) if spec.features and x is not None
+                torch.where(used.unsqueeze(-1) if spec.features else used, x, 0)
+                if x is not None and x.is_floating_point()
                 else x
                 for spec, x in zip(self.op.inputs, inputs, strict=True)
-            )  # fmt: skip
+            )
         losses = self.op.reference(
             *(x.to(dtype) if x is not None and x.is_floating_point() else x for x in inputs),
             **dict(self.params),
         )
-        return losses if weight is None else losses * weight.to(dtype)
+        if weight is None:
+            return losses
+        losses = losses * weight.to(dtype)
+        return losses if blank or not skip else torch.where(weight != 0, losses, 0)
 
     def whole(self, weight: Tensor | None, *inputs: Tensor | None) -> Tensor:
         """The reference on everything at once: for small inputs, and for Inductor to compile."""
-        losses = self.losses(weight, *inputs)
+        return self.summed(self.losses(weight, *inputs))
+
+    def summed(self, losses: Tensor) -> Tensor:
+        """The losses of all rows, summed but for the leading `keep` dimensions."""
         return losses.flatten(self.keep).sum(-1) if self.keep < len(self.rows) else losses
+
+    def dtype(self, inputs: tuple[Tensor | None, ...]) -> torch.dtype:
+        """float64 where an input is float64, else float32: half precision is for storage only."""
+        has_double = any(x is not None and x.dtype == torch.float64 for x in inputs)
+        return torch.float64 if has_double else torch.float32
 
     @property
     def out_shape(self) -> tuple[int, ...]:
         return (*self.rows[: self.keep], *([self.op.values] if self.op.values else []))
 
 
-def compute_dtype(inputs: tuple[Tensor | None, ...]) -> torch.dtype:
-    """float64 where an input is float64, else float32: half precision is for storage only."""
-    has_double = any(x is not None and x.dtype == torch.float64 for x in inputs)
-    return torch.float64 if has_double else torch.float32
-
-
 class _Rows(torch.autograd.Function):
-    """Saves the inputs only: backward reads them again and writes each gradient once."""
+    """Saves the inputs, and gradients that a CPU finds on the way; a second backward has none."""
 
     @staticmethod
     def forward(
         ctx: Any, call: Call, chosen: str, weight: Tensor | None, *inputs: Tensor | None
     ) -> Tensor:
-        ctx.call, ctx.chosen = call, chosen
+        ctx.call, ctx.chosen, ctx.ready = call, chosen, None
         ctx.save_for_backward(weight, *inputs)
-        module = launch if chosen == "triton" else blocks
-        return module.forward(call, weight, inputs)
+        if chosen == "triton":
+            return launch.forward(call, weight, inputs)
+        out, ctx.ready = blocks.forward(call, weight, inputs, ctx.needs_input_grad[3:])
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
-        gradients = [
-            torch.empty_like(x) if wanted and x is not None else None
-            for x, wanted in zip(inputs, ctx.needs_input_grad[3:], strict=True)
-        ]
-        module = launch if ctx.chosen == "triton" else blocks
-        module.backward(ctx.call, weight, tuple(inputs), dout, gradients)
+        wanted = ctx.needs_input_grad[3:]
+        if ctx.chosen == "triton":
+            gradients = launch.backward(ctx.call, weight, tuple(inputs), dout, wanted)
+        else:
+            ready, ctx.ready = ctx.ready, None
+            gradients = blocks.backward(ctx.call, weight, tuple(inputs), dout, wanted, ready)
         return None, None, None, *gradients
 
 
 def row_loss(
-    *inputs: Input, samples: Callable[..., Iterator[Sample]], skip: bool = False, cut: bool = True
+    *inputs: Input,
+    samples: Callable[..., Iterator[Sample]],
+    skip: bool = False,
+    parts: Callable[..., list[Part]] | None = None,
+    temporaries: int = blocks.TEMPORARIES,
 ) -> Callable[[Callable[..., Tensor]], RowOp]:
     """Declare the decorated torch reference as a row loss over `inputs`, its first parameters.
 
-    Without `cut` the reference is never evaluated in blocks: for one that is a single fused
-    operation already, of which a second evaluation costs more than its one temporary.
+    With `skip`, a row of weight 0 contributes nothing, whatever it holds. `parts(weight, *inputs)`
+    says how a CPU evaluates rows that do not all take the same work, see `blocks.Part`;
+    `temporaries` how many tensors of the widest input's size it holds while it does.
     """
-    return lambda reference: RowOp(reference, inputs, samples, skip=skip, cut=cut)
+    return lambda reference: RowOp(
+        reference, inputs, samples, skip=skip, parts=parts, temporaries=temporaries
+    )
 
 
 def row_map(

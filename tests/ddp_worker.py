@@ -46,8 +46,8 @@ def main() -> None:
     sum_losses(losses).backward()
     ours, expected = head.module.scale.grad, alone.scale.grad
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
-    # DDP holds the group too; were it the last to let go, it would join gloo's threads while it keeps them
-    # from the interpreter's lock, and never return.
+    # DDP holds the group too; were it the last to let go, it would join gloo's threads while it
+    # keeps them from the interpreter's lock, and never return.
     del head, losses
     dist.destroy_process_group()
     print(f"rank {rank} agrees")

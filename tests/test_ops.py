@@ -18,7 +18,7 @@ from torch import Tensor
 from trees import Unchanged
 
 from detloss_triton import backend as backends
-from detloss_triton import blocks, launch, op, ops  # noqa: F401  (ops fills the registry)
+from detloss_triton import blocks, launch, memory, op, ops  # noqa: F401  (ops fills the registry)
 from detloss_triton.op import REGISTRY, DirectOp, Input, Op, RowOp, Sample, row_loss
 
 ROW_OPS = [each for each in REGISTRY.values() if isinstance(each, RowOp)]
@@ -499,7 +499,11 @@ def test_rows_of_weight_zero_add_exactly_nothing(
         rubbish = torch.tensor([math.nan, math.inf, -math.inf, 1e38], device=device)
 
         def spoilt(x: Tensor, unused: Tensor = unused, rubbish: Tensor = rubbish) -> Tensor:
-            return torch.where(unused.unsqueeze(-1), rubbish, x)
+            if not x.is_floating_point():
+                return x
+            place = torch.arange(x.shape[-1], device=device) % 4
+            rows = unused if x.dim() == 1 else unused.unsqueeze(-1)
+            return torch.where(rows, rubbish[place], x)
 
         clean = Sample(sample.inputs, sample.params, weight)
         dirty = Sample(changed(sample, spoilt, weight=False).inputs, sample.params, weight)
@@ -534,7 +538,7 @@ def test_blocks_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
     for rows in ((13,), (3, 15), (2, 3, 4), (40, 2, 2)):
         x = torch.zeros(*rows, 5)
         seen = torch.zeros(rows)
-        for index in blocks._indices(op.Call(REGISTRY["l1"], (), 0, x.shape[:-1]), (x, None)):
+        for index in blocks._indices(x.shape[:-1], (x, None), 1):
             seen[index] += 1
             assert x[index].numel() < 2 * 48
         assert seen.eq(1).all()
@@ -544,7 +548,7 @@ def test_large_inputs_are_cut_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> 
     runs: list[bool] = []
     forward = blocks.forward
     monkeypatch.setattr(blocks, "forward", lambda *a: runs.append(True) or forward(*a))
-    monkeypatch.setattr(blocks, "ELEMENTS", 64)
+    monkeypatch.setattr(blocks, "ELEMENTS", 64 * blocks.TEMPORARIES)
     boxes = torch.rand(20, 4, requires_grad=True)
     ciou = REGISTRY["ciou_loss"]
     with backends.use_backend("torch"):
@@ -556,6 +560,23 @@ def test_large_inputs_are_cut_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(backends, "is_cached_by_cpu", lambda device: False)
         ciou(boxes, boxes.detach(), eps=1e-7, alpha_grad=True)
         assert not runs
+
+
+def test_no_gradient_is_computed_without_grad_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient is found in forward: not where nobody will ask for it."""
+    monkeypatch.setattr(blocks, "ELEMENTS", 64)
+    allocated: list[bool] = []
+    monkeypatch.setattr(
+        memory, "empty_like", lambda x: allocated.append(True) or torch.empty_like(x)
+    )
+    logits = torch.rand(20, 4, requires_grad=True)
+    focal = REGISTRY["sigmoid_focal"]
+    with backends.use_backend("torch"):
+        with torch.no_grad():
+            focal(logits, None, torch.rand(20), None, alpha=0.25, gamma=2.0)
+        assert not allocated
+        focal(logits, None, torch.rand(20), None, alpha=0.25, gamma=2.0)
+        assert allocated
 
 
 # Where a reference holds a factor constant, its gradient is not the slope of its value: test_losses

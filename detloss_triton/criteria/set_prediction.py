@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from detloss_triton.boxes import cxcywh_to_xyxy
 from detloss_triton.matchers import HungarianMatcher
+from detloss_triton.memory import stack
 from detloss_triton.ops.classification import varifocal
 from detloss_triton.ops.regression import giou_loss, iou_loss, l1
 from detloss_triton.reduction import rank_means
@@ -48,7 +49,7 @@ class Layers:
         tensors = [self.outputs[i][key] for i in layers]
         if all(t is tensors[0] for t in tensors):
             return tensors[0].expand(len(tensors), *tensors[0].shape)
-        return torch.stack(tensors)
+        return stack(tensors)
 
 
 def stack_layers(named: Sequence[tuple[str, Output]]) -> Layers:
@@ -66,8 +67,8 @@ def stack_layers(named: Sequence[tuple[str, Output]]) -> Layers:
         if len(set(shapes.values())) > 1 or any(len(shape) != 3 for shape in shapes.values()):
             raise ValueError(f"{key!r} must have one shape (B, Q, ...) in all layers, got {shapes}")
     return Layers(
-        torch.stack([output["pred_logits"] for _, output in named]),
-        torch.stack([output["pred_boxes"] for _, output in named]),
+        stack([output["pred_logits"] for _, output in named]),
+        stack([output["pred_boxes"] for _, output in named]),
         tuple(suffix for suffix, _ in named),
         tuple(output for _, output in named),
     )

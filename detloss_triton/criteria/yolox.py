@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from detloss_triton.gather import first_set
 from detloss_triton.losses import CrossEntropyLoss, IoULoss, L1Loss
+from detloss_triton.memory import take
 
 
 class YOLOXCriterion(nn.Module):
@@ -75,17 +76,23 @@ class YOLOXCriterion(nn.Module):
             )
         index, found = first_set(pos_masks.flatten(), n_positive)
         weight = found.to(torch.float32)
-        boxes = flatten_bboxes.reshape(-1, 4).index_select(0, index)
-        classes = flatten_cls_preds.reshape(-1, self.num_classes).index_select(0, index)
+        boxes = _rows(flatten_bboxes, index)
+        classes = _rows(flatten_cls_preds, index)
         loss = {
             "loss_cls": self.loss_cls(classes, cls_targets, weight=_like(weight, classes)),
             "loss_bbox": self.loss_bbox(boxes, bbox_targets, weight=weight),
             "loss_obj": self.loss_obj(flatten_objectness.reshape(-1, 1), obj_targets),
         }
         if self.use_l1:
-            raw = flatten_bbox_preds.reshape(-1, 4).index_select(0, index)
+            raw = _rows(flatten_bbox_preds, index)
             loss["loss_l1"] = self.loss_l1(raw, l1_targets, weight=_like(weight, raw))
         return {name: value / num_total_samples for name, value in loss.items()}
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Some anchors (P, features) of (N, A, features)."""
+    features = x.shape[-1]
+    return take(x.reshape(-1, features), 0, index.unsqueeze(-1).expand(-1, features))
 
 
 def _like(weight: Tensor, rows: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 Every op takes the same inputs. `label` (*rows,) is the index of the target class; an index outside
 [0, classes) is background. `score` (*rows,) is the target at the label, 1 if None. With no label
 (None), every class of a row has the row's score as its target: with one class per row, these are
-dense soft targets. `mask` (*rows, classes) weighs entries. A row's loss is summed over classes.
+dense soft targets; with no score either, all is background. `mask` (*rows, classes) weighs
+entries. A row's loss is summed over classes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detloss_triton.backend import kernels
+from detloss_triton.blocks import Part, where
 from detloss_triton.launch import TILE, Tile, power_of_2
 from detloss_triton.op import Input, Sample, row_loss
 
@@ -53,8 +55,7 @@ def _at_label(dense: Tensor, label: Tensor | None, score: Tensor | None) -> Tens
     Writes to `dense`, which keeps its memory layout: mixed layouts cost more than the arithmetic.
     """
     if label is None:
-        assert score is not None
-        return score.unsqueeze(-1).expand(dense.shape)
+        return dense if score is None else score.unsqueeze(-1).expand(dense.shape)
     n_classes = dense.shape[-1]
     label = label.unsqueeze(-1)
     value = dense.new_ones(()) if score is None else score.unsqueeze(-1)
@@ -66,19 +67,47 @@ def _at_label(dense: Tensor, label: Tensor | None, score: Tensor | None) -> Tens
     return dense.scatter_(-1, index, torch.where(is_class, value, dense.gather(-1, index)))
 
 
-def _targets(logits: Tensor, label: Tensor | None, score: Tensor | None) -> Tensor:
+def _targets(logits: Tensor, label: Tensor | None, score: Tensor | None) -> Tensor | None:
+    """Targets of all entries; None where all are background."""
+    if label is None and score is None:
+        return None
     return _at_label(torch.zeros_like(logits, requires_grad=False), label, score)
+
+
+def _by_label(
+    weight: Tensor | None,
+    logits: Tensor,
+    label: Tensor | None,
+    score: Tensor | None,
+    mask: Tensor | None,
+) -> list[Part]:
+    """Everything as background, which is cheaper by half, then the labelled entries again.
+
+    Few rows have a class, and only one of their entries differs from background.
+    """
+    if label is None:
+        return [Part((logits, label, score, mask), weight)]
+    rows = where((label >= 0) & (label < logits.shape[-1]))
+    at = (*rows, label[rows].long())
+    x, m = (None if t is None else t[at].unsqueeze(-1) for t in (logits, mask))
+    s = logits.new_ones(len(at[-1])) if score is None else score[rows]
+    w = None if weight is None else weight[rows]
+    return [
+        Part((logits, None, None, mask), weight),
+        Part((x, None, s, m), w, at, instead_of=(x, None, None, m)),
+    ]
 
 
 def _summed(losses: Tensor, mask: Tensor | None) -> Tensor:
     """A row's losses, summed over its classes."""
     if mask is not None:
         losses = losses * torch.empty_like(losses).copy_(mask)
-    return losses.sum(-1)
+    return losses.squeeze(-1) if losses.shape[-1] == 1 else losses.sum(-1)
 
 
-def _bce(logits: Tensor, targets: Tensor) -> Tensor:
-    return torch.addcmul(F.softplus(logits, threshold=_EXACT), logits, targets, value=-1)
+def _bce(logits: Tensor, targets: Tensor | None) -> Tensor:
+    losses = F.softplus(logits, threshold=_EXACT)
+    return losses if targets is None else losses.addcmul_(logits, targets, value=-1)
 
 
 # Above 20 torch's softplus is the identity unless told otherwise: 2e-9 off, more than rounding.
@@ -95,7 +124,7 @@ def _tile(logits: Tensor, loss: str, a: float, b: float) -> Tile:
     )
 
 
-@row_loss(*_INPUTS, samples=_samples({}, {}, {}))
+@row_loss(*_INPUTS, parts=_by_label, samples=_samples({}, {}, {}), temporaries=8)
 def binary_cross_entropy(
     logits: Tensor, label: Tensor | None, score: Tensor | None, mask: Tensor | None
 ) -> Tensor:
@@ -110,6 +139,7 @@ def _(logits: Tensor, label: Any, score: Any, mask: Any) -> Tile:
 
 @row_loss(
     *_INPUTS,
+    parts=_by_label,
     samples=_samples(
         {"alpha": 0.25, "gamma": 2.0}, {"alpha": 0.25, "gamma": 0.0}, {"alpha": -1.0, "gamma": 1.5}
     ),
@@ -123,9 +153,11 @@ def sigmoid_focal(
     gamma: float,
 ) -> Tensor:
     """(a t + (1-a)(1-t)) ((1-p) t + p (1-t))^gamma BCE(x, t); no balance where alpha < 0."""
-    t = _targets(logits, label, score)
-    wrong = torch.addcmul(t, logits.sigmoid(), 1 - 2 * t)
-    scale = wrong.square() if gamma == 2 else wrong.pow(gamma)
+    t, p = _targets(logits, label, score), logits.sigmoid()
+    if t is None:
+        losses = _summed(_bce(logits, t) * p.pow(gamma), mask)
+        return losses * (1 - alpha) if alpha >= 0 else losses
+    scale = torch.addcmul(t, p, 1 - 2 * t).pow(gamma)
     if alpha >= 0:
         scale = scale * ((2 * alpha - 1) * t + (1 - alpha))
     return _summed(_bce(logits, t) * scale, mask)
@@ -136,14 +168,13 @@ def _(logits: Tensor, label: Any, score: Any, mask: Any, alpha: float, gamma: fl
     return _tile(logits, "focal", float(alpha), float(gamma))
 
 
-@row_loss(*_INPUTS, samples=_samples({"beta": 2.0}, {"beta": 1.5}, {"beta": 0.0}))
+@row_loss(*_INPUTS, parts=_by_label, samples=_samples({"beta": 2.0}, {"beta": 1.5}, {"beta": 0.0}))
 def quality_focal(
     logits: Tensor, label: Tensor | None, score: Tensor | None, mask: Tensor | None, beta: float
 ) -> Tensor:
     """BCE(x, t) |t - p|^beta; p is differentiated."""
-    t = _targets(logits, label, score)
-    distance = t - logits.sigmoid()
-    scale = distance.square() if beta == 2 else distance.abs().pow(beta)
+    t, p = _targets(logits, label, score), logits.sigmoid()
+    scale = (p if t is None else (t - p).abs()).pow(beta)
     return _summed(_bce(logits, t) * scale, mask)
 
 
@@ -154,6 +185,7 @@ def _(logits: Tensor, label: Any, score: Any, mask: Any, beta: float) -> Tile:
 
 @row_loss(
     *_INPUTS,
+    parts=_by_label,
     samples=_samples(
         {"alpha": 0.75, "gamma": 2.0}, {"alpha": 0.2, "gamma": 1.5}, {"alpha": 1.0, "gamma": 0.0}
     ),

@@ -33,7 +33,8 @@ def _samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
     Input("weight_left", optional=True),
     Input("weight_right", optional=True),
     samples=_samples,
-    cut=False,
+    skip=True,
+    temporaries=4,
 )
 def two_bin(
     logits: Tensor, left: Tensor, weight_left: Tensor | None, weight_right: Tensor | None
@@ -83,6 +84,8 @@ def _distillation_samples(rows: int, generator: torch.Generator) -> Iterator[Sam
     Input("student", features=1, grad=True),
     Input("teacher", features=1),
     samples=_distillation_samples,
+    skip=True,
+    temporaries=8,
 )
 def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 KL(softmax(teacher / T) || softmax(student / T)).

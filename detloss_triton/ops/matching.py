@@ -71,10 +71,15 @@ def task_aligned(
             p, t = _at(all_boxes, image), _at(all_targets, at)
             score = _SIMILARITY[iou](p, t).clamp(0, 1)
             inside = (x > t[0]) & (y > t[1]) & (x < t[2]) & (y < t[3])
-            pair = score.pow(iou_power) * logits[at].to(dtype).sigmoid().pow(class_power)
+            pair = _power(score, iou_power) * logits[at].to(dtype).sigmoid().pow(class_power)
             metric[at] = torch.where(inside, pair, 0)
             best[at] = score.amax(-1)
     return metric, best
+
+
+def _power(x: Tensor, exponent: float) -> Tensor:
+    """x^exponent, by squaring where that helps: torch has no fast path beyond the cube."""
+    return x.square().pow(exponent / 2) if exponent % 2 == 0 else x.pow(exponent)
 
 
 _SIMILARITY = {

@@ -176,7 +176,7 @@ def _distance_tile(pred: Tensor, loss: str, beta: float) -> Tile:
     )
 
 
-@row_loss(*_INPUTS, samples=_coordinate_samples({}))
+@row_loss(*_INPUTS, samples=_coordinate_samples({}), skip=True)
 def l1(pred: Tensor, target: Tensor) -> Tensor:
     """|d|, summed over a row's coordinates."""
     return (pred - target).abs().sum(-1)
@@ -187,7 +187,7 @@ def _(pred: Tensor, target: Tensor) -> Tile:
     return _distance_tile(pred, "l1", 0.0)
 
 
-@row_loss(*_INPUTS, samples=_coordinate_samples({"beta": 1.0}, {"beta": 0.11}), cut=False)
+@row_loss(*_INPUTS, samples=_coordinate_samples({"beta": 1.0}, {"beta": 0.11}), skip=True)
 def smooth_l1(pred: Tensor, target: Tensor, beta: float) -> Tensor:
     """0.5 d^2 / beta where |d| < beta, else |d| - 0.5 beta, summed over a row's coordinates."""
     return F.smooth_l1_loss(pred, target, reduction="none", beta=beta).sum(-1)
