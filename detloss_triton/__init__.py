@@ -27,6 +27,7 @@ from .losses import (
 from .matchers import BoxMatcher, HungarianMatcher
 from .reduction import sum_losses
 from .targets import Targets
+from .validate import validation
 from .vec2box import Vec2Box
 
 __version__ = "0.1.0"
@@ -58,4 +59,5 @@ __all__ = [
     "smooth_l1_loss",
     "sum_losses",
     "use_backend",
+    "validation",
 ]

@@ -1,7 +1,9 @@
-"""Which backend runs: the only file that asks about devices, Triton or the environment.
+"""Which backend runs: the only file that asks about devices or Triton.
 
-`DETLOSS_BACKEND=auto|triton|torch` is read once, at import. `auto` takes Triton for tensors on a
-GPU where Triton imports, torch for all else. An explicit `triton` that cannot be honoured raises.
+`DETLOSS_BACKEND=auto|triton|torch` is read once, at import; another value is refused when a loss
+asks for its backend, so that the command line starts and can say so. `auto` takes Triton for
+tensors on a GPU where Triton imports, torch for all else. An explicit `triton` that cannot be
+honoured raises.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 
 Backend = Literal["auto", "triton", "torch"]
+_BACKENDS: tuple[str, ...] = get_args(Backend)
 
 # CUDA and ROCm tensors both call themselves "cuda".
 _GPU_TYPES = ("cuda", "xpu")
@@ -32,13 +35,17 @@ except ImportError as error:
     _no_triton = f"Triton cannot be imported ({error})"
 
 
-def _checked(name: str, source: str) -> Backend:
-    if name not in get_args(Backend):
-        raise ValueError(f"{source} must be one of {', '.join(get_args(Backend))}, got {name!r}")
-    return name  # type: ignore[return-value]
+_requested: Backend = os.environ.get("DETLOSS_BACKEND", "auto")  # type: ignore[assignment]
 
 
-_requested: Backend = _checked(os.environ.get("DETLOSS_BACKEND", "auto"), "DETLOSS_BACKEND")
+def _check(name: str, source: str) -> None:
+    if name not in _BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(_BACKENDS)}, got {name!r}")
+
+
+def check_environment() -> None:
+    """Raise ValueError where DETLOSS_BACKEND names no backend."""
+    _check(_requested, "DETLOSS_BACKEND")
 
 
 class use_backend(AbstractContextManager["use_backend"]):
@@ -54,8 +61,9 @@ class use_backend(AbstractContextManager["use_backend"]):
 
     def __init__(self, name: Backend) -> None:
         global _requested
+        _check(name, "backend")
         self._previous = _requested
-        _requested = _checked(name, "backend")
+        _requested = name
 
     def __exit__(
         self,
@@ -88,7 +96,9 @@ def choose(device: torch.device, dtypes: Sequence[torch.dtype] = ()) -> Literal[
 
     Raises:
         RuntimeError: if "triton" was asked for by name and cannot run; it says why.
+        ValueError: if DETLOSS_BACKEND names no backend.
     """
+    check_environment()
     if _requested == "torch":
         return "torch"
     if _requested == "auto" and device.type == "cpu":

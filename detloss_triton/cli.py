@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import backend
+from . import backend, validate
 from .demo.detectors import RECIPES
 from .demo.samples import InputError
 
@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
         name = f"detloss {options.command}"
+        _check_environment()
         code: int = options.run(options)
     except InputError as error:
         # Reasons that come from elsewhere may span lines.
@@ -97,9 +98,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_environment() -> None:
+    try:
+        backend.check_environment()
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
 def _info(options: argparse.Namespace) -> int:
     rows = backend.describe()
     width = max(len(label) for label, _ in rows)
+    rows.append(("validation", "on" if validate.enabled() else "off"))
     for label, value in rows:
         print(f"{label:<{width}}  {value}")
     return 0

@@ -160,6 +160,10 @@ class HungarianMatcher(nn.Module):
             logits: (L, B, Q, C). boxes: (L, B, Q, 4) normalised cxcywh.
         """
         n_layers, n_images, n_queries = logits.shape[:3]
+        if len(targets.labels) != n_images:
+            raise ValueError(
+                f"targets has {len(targets.labels)} images, the predictions have {n_images}"
+            )
         cost = match_cost(
             *(logits.flatten(0, 1), boxes.flatten(0, 1), targets.labels, targets.boxes),
             **{name: float(self.cost_dict.get(name, 0.0)) for name in _COSTS},

@@ -53,9 +53,10 @@ def reduced(
         return scaled(total, scale / max(count, 1) if reduction == "mean" else scale)
     if reduction == "sum":
         raise ValueError("avg_factor cannot be used with reduction='sum'")
-    if isinstance(avg_factor, Tensor):
-        return scaled(total, scale) / (avg_factor + avg_eps)
-    return scaled(total, scale / (avg_factor + avg_eps))
+    divisor = avg_factor + avg_eps
+    if isinstance(divisor, Tensor) or divisor == 0:
+        return scaled(total, scale) / divisor
+    return scaled(total, scale / divisor)
 
 
 def scaled(loss: Tensor, scale: float) -> Tensor:

@@ -100,7 +100,8 @@ def test_triton_on_the_cpu_without_the_interpreter_is_refused() -> None:
 
 
 def test_a_wrong_environment_variable_is_refused() -> None:
-    run = python("import detloss_triton", DETLOSS_BACKEND="gpu")
+    code = "import torch, detloss_triton as d; x = torch.rand(3, 4); d.GIoULoss()(x, x)"
+    run = python(code, DETLOSS_BACKEND="gpu")
     assert run.returncode != 0
     assert "DETLOSS_BACKEND must be one of auto, triton, torch, got 'gpu'" in run.stderr
 

@@ -230,6 +230,21 @@ def test_wrong_arguments_are_refused(
     assert named in refuse(capsys, *arguments)
 
 
+@pytest.mark.parametrize("command", [["info"], ["check"], ["train", *TINY]], ids=lambda c: c[0])
+def test_a_wrong_environment_is_refused(command: list[str], tmp_path: Path) -> None:
+    result = subprocess.run(
+        [*COMMAND, *command],
+        cwd=tmp_path,
+        env={**os.environ, "DETLOSS_BACKEND": "gpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 2
+    expected = "DETLOSS_BACKEND must be one of auto, triton, torch, got 'gpu'"
+    assert result.stderr.splitlines() == [f"detloss {command[0]}: error: {expected}"]
+
+
 def test_triton_that_cannot_run_is_refused(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     for command in (["train", *TINY], ["check", "--device", "cpu"]):

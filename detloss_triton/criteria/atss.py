@@ -12,6 +12,15 @@ from detloss_triton.boxes import columns
 from detloss_triton.losses import CrossEntropyLoss, QualityFocalLoss
 from detloss_triton.ops.regression import iou_loss
 from detloss_triton.reduction import rank_means
+from detloss_triton.validate import (
+    FINITE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    XYXY,
+    a_class_or_background,
+    check,
+    enabled,
+)
 
 from .levels import as_rows, check_levels, decoded, is_positive, run
 
@@ -97,6 +106,19 @@ class ATSSCriterion(nn.Module):
             valid_label_mask=valid_label_mask,
         )
         positive = [is_positive(level, self.num_classes) for level in labels]
+        if enabled():
+            check(
+                self,
+                anchors=XYXY(anchors),
+                cls_score=FINITE(cls_score),
+                bbox_pred=FINITE(bbox_pred),
+                centerness=FINITE(centerness),
+                labels=a_class_or_background(self.num_classes)(labels, label_weights),
+                label_weights=NOT_NEGATIVE(label_weights),
+                bbox_targets=(XYXY if self.reg_decoded_bbox else FINITE)(bbox_targets, positive),
+                valid_label_mask=NOT_NEGATIVE(valid_label_mask),
+                avg_factor=POSITIVE(avg_factor),
+            )
         centred = self._centerness_targets(anchors, bbox_targets, positive)
         (box_norm,) = rank_means(torch.cat([level.flatten() for level in centred]).sum())
         box_norm = box_norm.clamp(min=1)

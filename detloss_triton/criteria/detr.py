@@ -9,6 +9,7 @@ from torch import Tensor
 
 from detloss_triton.reduction import EPS32
 from detloss_triton.targets import Targets
+from detloss_triton.validate import enabled
 
 from .set_prediction import (
     Indices,
@@ -63,15 +64,18 @@ class DetrCriterion(SetCriterion):
         if outputs.get("dn_aux_outputs") and outputs.get("dn_meta") is None:
             raise ValueError("outputs has 'dn_aux_outputs' and so must have 'dn_meta'")
         packed, dn_meta = prepare(targets, outputs.get("dn_meta"))
-        norm = count_boxes(packed, num_boxes).to(outputs["pred_logits"].device)
         aux = outputs.get("aux_outputs", ())
-        layers = stack_layers([("", outputs), *((f"_aux_{i}", o) for i, o in enumerate(aux))])
+        main = [("", outputs), *((f"_aux_{i}", o) for i, o in enumerate(aux))]
+        denoising = [(f"_dn_{i}", o) for i, o in enumerate(outputs.get("dn_aux_outputs") or ())]
+        layers = stack_layers(main)
+        if enabled():
+            self._check_values(main, denoising, packed, dn_meta, num_boxes)
+        norm = count_boxes(packed, num_boxes).to(outputs["pred_logits"].device)
         own = self.matcher.match(layers.logits, layers.boxes, packed)
         losses = self._losses(layers, matched_targets(own, packed), norm)
-        denoising = outputs.get("dn_aux_outputs")
         if denoising:
             assert dn_meta is not None
-            layers = stack_layers([(f"_dn_{i}", o) for i, o in enumerate(denoising)])
+            layers = stack_layers(denoising)
             given = matched_targets(denoising_map(dn_meta, layers.logits.shape[2]), packed)
             losses |= self._losses(layers, given, norm * dn_meta["dn_num_group"])
         return losses

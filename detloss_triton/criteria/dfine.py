@@ -12,6 +12,7 @@ from detloss_triton.boxes import cxcywh_to_xyxy, ltrb
 from detloss_triton.matchers import union_of_matches
 from detloss_triton.ops.distribution import distillation, two_bin
 from detloss_triton.targets import Targets
+from detloss_triton.validate import enabled
 
 from .set_prediction import (
     Indices,
@@ -46,6 +47,11 @@ class DFINECriterion(SetCriterion):
         num_classes: number of classes C.
         reg_max: bins of a side's distribution less one, even.
     """
+
+    entries = (
+        *SetCriterion.entries,
+        *("pred_corners", "ref_points", "teacher_corners", "teacher_logits", "up", "reg_scale"),
+    )
 
     def __init__(
         self,
@@ -93,8 +99,10 @@ class DFINECriterion(SetCriterion):
         if denoising and outputs.get("dn_meta") is None:
             raise ValueError("outputs has denoising layers and so must have 'dn_meta'")
         packed, dn_meta = prepare(targets, outputs.get("dn_meta"))
-        norm = count_boxes(packed, num_boxes).to(outputs["pred_logits"].device)
         layers = stack_layers(main)
+        if enabled():
+            self._check_values(main, denoising, packed, dn_meta, num_boxes)
+        norm = count_boxes(packed, num_boxes).to(outputs["pred_logits"].device)
         own = self.matcher.match(layers.logits, layers.boxes, packed)
         union = matched_targets(union_of_matches(own, packed.labels.shape[1]), packed)
         union_norm = union.matched.sum().clamp(min=1)

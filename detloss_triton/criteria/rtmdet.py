@@ -9,6 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from detloss_triton.reduction import rank_means
+from detloss_triton.validate import (
+    FINITE,
+    NOT_NEGATIVE,
+    XYXY,
+    a_class_or_background,
+    check,
+    enabled,
+)
 
 from .levels import as_rows, check_levels, is_positive, run
 
@@ -70,6 +78,16 @@ class RTMDetCriterion(nn.Module):
             torch.where(is_positive(label, self.num_classes), metric, 0)
             for label, metric in zip(labels, assign_metrics, strict=True)
         ]
+        if enabled():
+            check(
+                self,
+                cls_score=FINITE(cls_score),
+                bbox_pred=FINITE(bbox_pred),
+                labels=a_class_or_background(self.num_classes)(labels, label_weights),
+                label_weights=NOT_NEGATIVE(label_weights),
+                assign_metrics=NOT_NEGATIVE(assign_metrics),
+                bbox_targets=XYXY(bbox_targets, box_weights),
+            )
         cls_norm, box_norm = rank_means(
             torch.cat([metric.flatten() for metric in assign_metrics]).sum(),
             torch.cat([weight.flatten() for weight in box_weights]).sum(),

@@ -21,12 +21,22 @@ from detloss_triton.ops.classification import varifocal
 from detloss_triton.ops.regression import giou_loss, iou_loss, l1
 from detloss_triton.reduction import rank_means
 from detloss_triton.targets import Targets, joined, pack, padded_index
+from detloss_triton.validate import (
+    CXCYWH,
+    FINITE,
+    NOT_NEGATIVE,
+    a_class,
+    a_query_per_box,
+    at_most,
+    check,
+)
 
 _GIOU_EPS = 1e-6
 
 Output = Mapping[str, Any]
 Indices = Sequence[tuple[Tensor, Tensor]]
-
+# (suffix of its losses, output) of each layer.
+NamedLayers = Sequence[tuple[str, Output]]
 
 MATCHING_COSTS = {"cost_class": 2.0, "cost_bbox": 5.0, "cost_giou": 2.0}
 
@@ -52,7 +62,7 @@ class Layers:
         return stack(tensors)
 
 
-def stack_layers(named: Sequence[tuple[str, Output]]) -> Layers:
+def stack_layers(named: NamedLayers) -> Layers:
     """Stack the outputs of layers, given with the suffixes of their losses.
 
     Raises:
@@ -203,7 +213,8 @@ def denoising_map(dn_meta: Mapping[str, Any], n_queries: int) -> Tensor:
     n_images, _, n_targets = queries.shape
     target = torch.arange(n_targets, device=queries.device).expand_as(queries)
     out = target.new_full((n_images, n_queries + 1), -1)
-    index = torch.where(queries >= 0, queries, n_queries)
+    is_query = (queries >= 0) & (queries < n_queries)
+    index = torch.where(is_query, queries, n_queries)
     return out.scatter(1, index.flatten(1), target.flatten(1))[:, :n_queries].unsqueeze(0)
 
 
@@ -227,6 +238,8 @@ class SetCriterion(nn.Module):
     """A criterion over matched layers: its hyperparameters, its matcher, its packing."""
 
     get_cdn_matched_indices = staticmethod(get_cdn_matched_indices)
+    # What is read of each layer's output, where it is there.
+    entries: tuple[str, ...] = ("pred_logits", "pred_boxes")
 
     def __init__(
         self,
@@ -249,6 +262,38 @@ class SetCriterion(nn.Module):
     ) -> tuple[Targets, dict[str, Any] | None]:
         """Targets and dn_meta as `forward` packs them: call it outside a compiled region."""
         return prepare(targets, dn_meta)
+
+    def _check_values(
+        self,
+        layers: NamedLayers,
+        denoising: NamedLayers,
+        targets: Targets,
+        dn_meta: Mapping[str, Any] | None,
+        num_boxes: float | Tensor | None,
+    ) -> None:
+        """Raise ValueError for values that no layer, target or count may hold; reads the device."""
+        n_targets = targets.labels.shape[1]
+        is_box = torch.arange(n_targets, device=targets.counts.device) < targets.counts[:, None]
+        arguments = {
+            "counts": at_most(n_targets, "boxes")(targets.counts),
+            "labels": a_class(self.num_classes)(targets.labels, is_box),
+            "boxes": CXCYWH(targets.boxes, is_box),
+        }
+        arguments = {f"targets[{name!r}]": values for name, values in arguments.items()}
+        for key in self.entries:
+            tensors = {
+                f"layer {suffix.strip('_') or 'last'}": output[key]
+                for suffix, output in (*layers, *denoising)
+                if key in output
+            }
+            arguments[key] = FINITE(tensors)
+        if denoising and dn_meta is not None:
+            n_queries = denoising[0][1]["pred_logits"].shape[1]
+            rule = a_query_per_box(n_queries, targets.counts)
+            arguments["dn_positive_idx"] = rule(dn_meta["dn_positive_idx"])
+        if num_boxes is not None:
+            arguments["num_boxes"] = NOT_NEGATIVE(num_boxes)
+        check(self, **arguments)
 
     def _given(
         self,

@@ -10,6 +10,14 @@ from torch import Tensor, nn
 from detloss_triton.ops.distribution import two_bin
 from detloss_triton.ops.regression import smooth_l1
 from detloss_triton.reduction import EPS32
+from detloss_triton.validate import (
+    FINITE,
+    NOT_NEGATIVE,
+    XYXY,
+    a_class_or_background,
+    check,
+    enabled,
+)
 
 from .levels import decoded, is_positive
 
@@ -67,6 +75,18 @@ class SSDCriterion(nn.Module):
         Returns:
             {"loss_cls": N tensors of shape (1,), "loss_bbox": N 0-dim tensors}.
         """
+        if enabled():
+            check(
+                self,
+                cls_score=FINITE(cls_score),
+                bbox_pred=FINITE(bbox_pred),
+                anchor=XYXY(anchor),
+                labels=a_class_or_background(self.num_classes)(labels, label_weights),
+                label_weights=NOT_NEGATIVE(label_weights),
+                bbox_weights=NOT_NEGATIVE(bbox_weights),
+                bbox_targets=FINITE(bbox_targets, bbox_weights),
+                avg_factor=NOT_NEGATIVE(avg_factor),
+            )
         if isinstance(avg_factor, Tensor):
             norm: float | Tensor = torch.where(avg_factor == 0, 1, avg_factor)
         else:

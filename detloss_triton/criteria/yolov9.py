@@ -16,6 +16,7 @@ from detloss_triton.ops.classification import binary_cross_entropy
 from detloss_triton.ops.coding import distance_decode
 from detloss_triton.ops.distribution import two_bin
 from detloss_triton.ops.regression import ciou_loss
+from detloss_triton.validate import FINITE, a_box_with_class, check, enabled
 from detloss_triton.vec2box import Level, Vec2Box
 
 
@@ -81,6 +82,13 @@ class YOLOv9Criterion(nn.Module):
         heads = [main_preds] if aux_preds is None else [main_preds, aux_preds]
         for head in heads:
             self._check_anchors(head)
+        if enabled():
+            check(
+                self,
+                targets=a_box_with_class(self.num_classes)(targets),
+                main_preds=FINITE(_by_part(main_preds)),
+                aux_preds=FINITE(_by_part(aux_preds or ())),
+            )
         self.matcher.anchors = self.vec2box.anchor_grid
         rates = [1.0, self.aux_rate][: len(heads)]
         terms = self._losses(heads, targets)
@@ -197,6 +205,11 @@ class YOLOv9Criterion(nn.Module):
 def _by_head(x: Tensor, heads: Sequence[Sequence[Level]]) -> Tensor:
     """(heads * B, ...) as (heads, B, ...), also where B is 0."""
     return x.unflatten(0, (len(heads), len(x) // len(heads)))
+
+
+def _by_part(head: Sequence[Level]) -> list[dict[str, Tensor]]:
+    """The levels of a head, their parts under names that an error can use."""
+    return [dict(zip(("classes", "distributions", "distances"), x, strict=True)) for x in head]
 
 
 def _weighted(per_head: Tensor, rates: Sequence[float]) -> Tensor:

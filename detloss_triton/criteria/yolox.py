@@ -8,6 +8,15 @@ from torch import Tensor, nn
 from detloss_triton.gather import first_set
 from detloss_triton.losses import CrossEntropyLoss, IoULoss, L1Loss
 from detloss_triton.memory import take
+from detloss_triton.validate import (
+    FINITE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    XYXY,
+    check,
+    enabled,
+    exactly,
+)
 
 
 class YOLOXCriterion(nn.Module):
@@ -73,6 +82,21 @@ class YOLOXCriterion(nn.Module):
             raise ValueError(
                 "cls_targets and bbox_targets must have one row per positive, got "
                 f"{cls_targets.shape[0]} and {n_positive}"
+            )
+        if enabled():
+            by_image = pos_masks.view(flatten_objectness.shape)
+            check(
+                self,
+                pos_masks=exactly(n_positive, "set entries")(pos_masks.sum()),
+                flatten_objectness=FINITE(flatten_objectness),
+                flatten_cls_preds=FINITE(flatten_cls_preds),
+                flatten_bbox_preds=FINITE(flatten_bbox_preds),
+                flatten_bboxes=FINITE(flatten_bboxes),
+                obj_targets=NOT_NEGATIVE(obj_targets.reshape(flatten_objectness.shape)),
+                cls_targets=NOT_NEGATIVE(cls_targets, positives=by_image),
+                bbox_targets=XYXY(bbox_targets, positives=by_image),
+                l1_targets=FINITE(l1_targets if self.use_l1 else [], positives=by_image),
+                num_total_samples=POSITIVE(num_total_samples),
             )
         index, found = first_set(pos_masks.flatten(), n_positive)
         weight = found.to(torch.float32)

@@ -1,0 +1,188 @@
+"""Checks of values, off unless asked for: to look at a value is to wait for the device.
+
+`DETLOSS_VALIDATE=1` turns them on; it is read once, at import. A criterion states what each of its
+arguments must hold, in one call of `check` behind `if enabled()`: off, that is all there is of it,
+in eager mode as in a compiled graph.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_enabled = os.environ.get("DETLOSS_VALIDATE", "0") not in ("", "0")
+
+
+def enabled() -> bool:
+    return _enabled
+
+
+class validation(AbstractContextManager["validation"]):
+    """Turn the checks of values on or off from here on; as a context manager, until its end."""
+
+    def __init__(self, on: bool) -> None:
+        global _enabled
+        self._previous = _enabled
+        _enabled = on
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _enabled
+        _enabled = self._previous
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What values must be, in words, and where they are not. Called, it is laid on an argument.
+
+    Args:
+        wrong: of a tensor (*rows, features), a mask (*rows, features) or (*rows,).
+    """
+
+    expected: str
+    wrong: Callable[[Tensor], Tensor]
+
+    def __call__(self, value: Any, used: Any = None, positives: Tensor | None = None) -> Values:
+        return Values(self, value, used, positives)
+
+
+@dataclass(frozen=True)
+class Values:
+    """An argument's values, the rule for them, and which of them it concerns.
+
+    Args:
+        value: a tensor whose first dimension is the images, a number, a sequence of them over
+            levels, or a mapping from places to them.
+        used: where nonzero the rule holds; as `value`, of its shape or of that of its rows. By
+            default everywhere.
+        positives: (images, anchors) mask whose entries that are set are the value's rows, in order.
+    """
+
+    rule: Rule
+    value: Any
+    used: Any = None
+    positives: Tensor | None = None
+
+
+def check(criterion: nn.Module, **arguments: Values) -> None:
+    """Raise at the first value that breaks its rule.
+
+    Raises:
+        ValueError: it names criterion, argument, level or layer, image, and the value.
+    """
+    for name, values in arguments.items():
+        for place, value, used in _placed(name, values.value, values.used):
+            _check(f"{type(criterion).__name__}: {place}", value, used, values)
+
+
+def _placed(place: str, value: Any, used: Any) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Every tensor of a tree with the words that lead to it."""
+    if isinstance(value, Mapping):
+        parts = [(f"{place}, {key}", key) for key in value]
+    elif isinstance(value, (list, tuple)):
+        parts = [(f"{place}, level {i}", i) for i in range(len(value))]
+    else:
+        yield place, torch.as_tensor(value).detach(), used
+        return
+    for here, key in parts:
+        yield from _placed(here, value[key], None if used is None else used[key])
+
+
+def _check(place: str, value: Tensor, used: Tensor | None, values: Values) -> None:
+    wrong = values.rule.wrong(value)
+    if used is not None:
+        used = used.detach() != 0
+        wrong = wrong & used[(..., *[None] * (wrong.dim() - used.dim()))]
+    if not wrong.any():
+        return
+    index = tuple(wrong.nonzero()[0].tolist())
+    raise ValueError(
+        f"{place}{_image_and_entry(index, value, values.positives)}: "
+        f"expected {values.rule.expected}, got {value[index].tolist()}"
+    )
+
+
+def _image_and_entry(index: tuple[int, ...], value: Tensor, positives: Tensor | None) -> str:
+    if positives is not None:
+        image = positives.nonzero()[index[0], 0].item()
+        return f", image {image}, positive {index[0]}"
+    # A single number belongs to the batch.
+    if value.numel() == 1 and value.dim() < 2:
+        return ""
+    return f", image {index[0]}" + (f", entry {list(index[1:])}" if index[1:] else "")
+
+
+def _is_no_box(x1: Tensor, y1: Tensor, x2: Tensor, y2: Tensor) -> Tensor:
+    finite = (x1 - x1 + y1 - y1 + x2 - x2 + y2 - y2) == 0
+    return ~(finite & (x2 >= x1) & (y2 >= y1))
+
+
+def _is_no_size(x: Tensor) -> Tensor:
+    return ~(x.isfinite().all(-1) & (x[..., 2:] >= 0).all(-1))
+
+
+FINITE = Rule("a finite number", lambda x: ~x.isfinite())
+NOT_NEGATIVE = Rule("a finite number, at least 0", lambda x: ~(x.isfinite() & (x >= 0)))
+POSITIVE = Rule("a finite number above 0", lambda x: ~(x.isfinite() & (x > 0)))
+# Boxes without area are legal: data sets have them, and the losses take them.
+XYXY = Rule("finite x1, y1, x2, y2 with x2 >= x1 and y2 >= y1", lambda x: _is_no_box(*x.unbind(-1)))
+CXCYWH = Rule("finite cx, cy, w, h with w >= 0 and h >= 0", _is_no_size)
+
+# What anchors that teach nothing are labelled with, here and elsewhere.
+IGNORED_LABELS = (-1, -100)
+
+
+def a_class(n_classes: int) -> Rule:
+    return Rule(f"a label in [0, {n_classes})", lambda x: (x < 0) | (x >= n_classes))
+
+
+def a_class_or_background(n_classes: int) -> Rule:
+    ignored = ", ".join(map(str, IGNORED_LABELS))
+    return Rule(
+        f"a label in [0, {n_classes}), {n_classes} for background, or {ignored} to ignore it",
+        lambda x: ((x < 0) | (x > n_classes)) & (x != IGNORED_LABELS[0]) & (x != IGNORED_LABELS[1]),
+    )
+
+
+def a_box_with_class(n_classes: int) -> Rule:
+    """Of rows [class, x1, y1, x2, y2]."""
+
+    def wrong(x: Tensor) -> Tensor:
+        label, *box = x.unbind(-1)
+        is_class = (label >= 0) & (label < n_classes) & (label == label.floor())
+        return (label != -1) & (~is_class | _is_no_box(*box))
+
+    return Rule(
+        f"[class, x1, y1, x2, y2] with a class in [0, {n_classes}), finite, x2 >= x1 and y2 >= y1, "
+        "or a class of -1",
+        wrong,
+    )
+
+
+def at_most(highest: int, of: str) -> Rule:
+    return Rule(f"0 to {highest} {of}", lambda x: (x < 0) | (x > highest))
+
+
+def exactly(n: int, of: str) -> Rule:
+    return Rule(f"{n} {of}", lambda x: x != n)
+
+
+def a_query_per_box(n_queries: int, counts: Tensor) -> Rule:
+    """Of queries (B, groups, T), padded with -1 beyond an image's count (B,)."""
+
+    def wrong(x: Tensor) -> Tensor:
+        is_box = torch.arange(x.shape[2], device=x.device) < counts.view(-1, 1, 1)
+        return torch.where(is_box, (x < 0) | (x >= n_queries), x != -1)
+
+    return Rule(f"a query in [0, {n_queries}) for each box of the image, -1 beyond", wrong)
