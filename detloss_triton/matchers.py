@@ -107,13 +107,15 @@ class BoxMatcher:
         """Targets of every anchor, as OTX returns them.
 
         Shapes:
-            target: (B, T, 5) rows [class, x1, y1, x2, y2], padded with class -1.
+            target: (B, T, 5) rows [class, x1, y1, x2, y2], padded with class -1; a row whose class
+                is none of the C matches nothing.
             predict: class logits (B, A, C) and boxes (B, A, 4) xyxy in pixels.
             returns: (B, A, C + 4), target scores of the classes (0 for unmatched anchors) and the
                 matched box (the image's first one where unmatched); and the matched mask (B, A).
         """
         logits, boxes = predict
-        labels, targets = target[..., 0].long().clamp(min=0), real_boxes(target)
+        labels = target[..., 0].long().clamp(0, self.class_num - 1)
+        targets = real_boxes(target, self.class_num)
         index = labels.unsqueeze(1).expand(-1, logits.shape[1], -1)
         found = self.match(boxes, logits.gather(2, index).transpose(1, 2), targets)
         which = self.over_anchors(found, found.target, 0)
@@ -125,10 +127,11 @@ class BoxMatcher:
         return torch.cat([scores, matched.to(scores.dtype)], -1), valid
 
 
-def real_boxes(targets: Tensor) -> Tensor:
-    """(B, T, 4) float32 boxes of (B, T, 5) rows [class, box]; padding (class -1) has no area."""
+def real_boxes(targets: Tensor, n_classes: int) -> Tensor:
+    """(B, T, 4) float32 boxes of (B, T, 5) rows [class, box]; one of no class has no area."""
     boxes = targets[..., 1:].to(torch.promote_types(targets.dtype, torch.float32))
-    return torch.where(targets[..., :1] >= 0, boxes, 0)
+    is_class = (targets[..., :1] >= 0) & (targets[..., :1] < n_classes)
+    return torch.where(is_class, boxes, 0)
 
 
 class HungarianMatcher(nn.Module):

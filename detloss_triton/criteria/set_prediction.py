@@ -169,7 +169,7 @@ def map_of_indices(indices: Indices, n_queries: int) -> Tensor:
     device = indices[0][0].device
     out = torch.full((len(indices), n_queries), -1, dtype=torch.int64, device=device)
     for row, (queries, found) in zip(out, indices, strict=True):
-        row[queries.to(device)] = found.to(device)
+        row[queries.to(device)] = found.to(row)
     return out.unsqueeze(0)
 
 
@@ -214,7 +214,7 @@ def denoising_map(dn_meta: Mapping[str, Any], n_queries: int) -> Tensor:
     target = torch.arange(n_targets, device=queries.device).expand_as(queries)
     out = target.new_full((n_images, n_queries + 1), -1)
     is_query = (queries >= 0) & (queries < n_queries)
-    index = torch.where(is_query, queries, n_queries)
+    index = torch.where(is_query, queries, n_queries).long()
     return out.scatter(1, index.flatten(1), target.flatten(1))[:, :n_queries].unsqueeze(0)
 
 

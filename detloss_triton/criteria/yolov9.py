@@ -69,7 +69,8 @@ class YOLOv9Criterion(nn.Module):
         Shapes:
             main_preds, aux_preds: per level (classes (B, C, h, w) logits, distributions
                 (B, bins, 4, h, w) logits, ltrb distances in strides (B, 4, h, w)).
-            targets: (B, T, 5) rows [class, x1, y1, x2, y2] in pixels, padded with class -1.
+            targets: (B, T, 5) rows [class, x1, y1, x2, y2] in pixels, padded with class -1; a
+                row whose class is none of the C matches nothing.
 
         Returns:
             {"loss_cls", "loss_df", "loss_iou"} with rates applied and "total_loss", their mean;
@@ -126,7 +127,7 @@ class YOLOv9Criterion(nn.Module):
             return strangers
         n_heads = len(heads)
         labels = targets[..., 0].long()
-        gt_boxes = real_boxes(targets)
+        gt_boxes = real_boxes(targets, self.num_classes)
         with torch.no_grad():
             found = self.matcher.match(
                 torch.cat([self.vec2box.decode(head) for head in heads]),

@@ -63,7 +63,8 @@ def _at_label(dense: Tensor, label: Tensor | None, score: Tensor | None) -> Tens
         # Inductor fuses a comparison into its one loop; a scatter would be a loop of its own.
         return torch.where(label == torch.arange(n_classes, device=dense.device), value, dense)
     is_class = (label >= 0) & (label < n_classes)
-    index = torch.where(is_class, label, 0)
+    # Before 2.13 torch takes no other integers than int64 as an index.
+    index = torch.where(is_class, label, 0).long()
     return dense.scatter_(-1, index, torch.where(is_class, value, dense.gather(-1, index)))
 
 

@@ -48,6 +48,7 @@ def two_bin(
     log_p = logits.log_softmax(-1)
     index = left.clamp(0, last)
     is_bin = index == left
+    index = index.long()
     loss = log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1)
     loss = loss * (is_bin if weight_left is None else is_bin * weight_left)
     if weight_right is not None and last > 0:

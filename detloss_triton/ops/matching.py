@@ -180,7 +180,7 @@ def match_cost(
     by_layer = cost.view(*shape, n_targets, n_queries)
     logits, boxes = logits.unflatten(0, shape), boxes.unflatten(0, shape)
     is_class = (labels >= 0) & (labels < n_classes)
-    index = torch.where(is_class, labels, 0).unsqueeze(1)
+    index = torch.where(is_class, labels, 0).long().unsqueeze(1)
     t = [c.unsqueeze(-1) for c in columns(targets.to(dtype))]
     t_corners = _corners(t)
     for layer in range(shape[0]):
