@@ -18,6 +18,16 @@ from detloss_triton import use_backend
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz-minutes",
+        type=float,
+        default=0.0,
+        metavar="N",
+        help="fuzz for N minutes with random seeds, instead of a fixed set of examples",
+    )
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where the kernels can run: compiled on a GPU, interpreted on the CPU."""

@@ -117,5 +117,6 @@ class SSDCriterion(nn.Module):
         negative = torch.where(labels == self.num_classes, each, -1.0)
         hardest = negative.sort(dim=1, descending=True).values
         rank = torch.arange(each.shape[1], device=each.device)
-        kept = torch.where((rank < taken) & (hardest >= 0), hardest, 0)
+        # NaN sorts first and is less than nothing: it is taken, and shows in the loss.
+        kept = torch.where((rank < taken) & ~(hardest < 0), hardest, 0)
         return torch.where(positive, each, 0).sum(1) + kept.sum(1)
