@@ -111,6 +111,11 @@ def choose(device: torch.device, dtypes: Sequence[torch.dtype] = ()) -> Literal[
     return "torch"
 
 
+def is_auto() -> bool:
+    """Whether no backend was asked for by name, so that either may run."""
+    return _requested == "auto"
+
+
 def is_cached_by_cpu(device: torch.device) -> bool:
     """Whether temporaries live in CPU caches, so that evaluation in blocks of rows pays."""
     return device.type == "cpu"

@@ -49,7 +49,8 @@ class BoxMatcher:
         topk: anchors kept per target.
         factor: exponents {"iou": 6.0, "cls": 0.5}.
 
-    Memory: two float32 tensors of B * T * A, and nothing larger.
+    Memory: two float32 tensors of B * T * A, and nothing larger; 5,000 boxes in an image of 8,400
+    anchors take 0.34 GiB, and `YOLOv9Criterion` with its two heads twice that.
     """
 
     def __init__(

@@ -62,6 +62,7 @@ class Op:
         self.reference = reference
         self.samples = samples
         self.launcher: Callable[..., Any] | None = None
+        self._beyond: Callable[..., str] = lambda *inputs: ""
         self.__doc__ = reference.__doc__
         if self.name in REGISTRY:
             raise TypeError(f"op {self.name!r} is declared twice")
@@ -75,6 +76,23 @@ class Op:
             raise TypeError(f"launcher of {self.name!r} takes {ours}, its reference {theirs}")
         self.launcher = launcher
         return launcher
+
+    def limited(self, beyond: Callable[..., str]) -> Callable[..., str]:
+        """Register what the kernel cannot hold: of the inputs, why not, or an empty string."""
+        self._beyond = beyond
+        return beyond
+
+    def _backend(self, first: Tensor, dtypes: list[torch.dtype], inputs: tuple[Any, ...]) -> str:
+        """The backend to run on; "auto" takes torch for what is beyond the kernel.
+
+        Raises:
+            ValueError: where "triton" was asked for, and the inputs are beyond the kernel.
+        """
+        chosen = backend.choose(first.device, dtypes)
+        reason = self._beyond(*inputs) if chosen == "triton" else ""
+        if reason and not backend.is_auto():
+            raise ValueError(f"{reason} on the Triton backend")
+        return "torch" if reason else chosen
 
     def __repr__(self) -> str:
         return f"<op {self.name}>"
@@ -126,7 +144,7 @@ class RowOp(Op):
         differentiable = [
             x for x, spec in zip(inputs, self.inputs, strict=True) if spec.grad and x is not None
         ]
-        chosen = backend.choose(differentiable[0].device, [x.dtype for x in differentiable])
+        chosen = self._backend(differentiable[0], [x.dtype for x in differentiable], inputs)
         if chosen == "torch" and not blocks.pays(call, inputs):
             return call.whole(weight, *inputs)
         if not torch.is_grad_enabled():
@@ -183,8 +201,8 @@ class DirectOp(Op):
     """
 
     def __call__(self, *tensors: Tensor, **params: Any) -> Any:
-        first = tensors[0]
-        chosen = backend.choose(first.device, [t.dtype for t in tensors if t.is_floating_point()])
+        dtypes = [t.dtype for t in tensors if t.is_floating_point()]
+        chosen = self._backend(tensors[0], dtypes, tensors)
         run = self.reference if chosen == "torch" else self.launcher
         assert run is not None
         with torch.no_grad():

@@ -12,7 +12,7 @@ from .math import (
     l1_and_grad,
     smooth_l1_and_grad,
 )
-from .rows import put_losses, rows_of_program, upstream
+from .rows import of_column, put_losses, rows_of_program, upstream
 
 
 @triton.jit
@@ -26,13 +26,13 @@ def row_weight(p_weight, outer, inner, s_weight_o, s_weight_i, m_row, HAS_WEIGHT
 
 
 @triton.jit
-def store_column(p, column, offset, s_f, value, m_row):
-    tl.store(p + offset + column * s_f, value.to(p.dtype.element_ty), mask=m_row)
+def store_column(p, column: tl.constexpr, offset, s_f, value, m_row):
+    tl.store(p + offset + of_column(column, s_f), value.to(p.dtype.element_ty), mask=m_row)
 
 
 @triton.jit
-def load_column(p, column, offset, s_f, m_row):
-    return tl.load(p + offset + column * s_f, mask=m_row, other=0.0).to(tl.float32)
+def load_column(p, column: tl.constexpr, offset, s_f, m_row):
+    return tl.load(p + offset + of_column(column, s_f), mask=m_row, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -192,7 +192,7 @@ def distance_decode_kernel(
 ):  # fmt: skip
     """Boxes xyxy from points and the distances to left, top, right and bottom: [BR, 4] tiles."""
     _, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, FLAT, BR)
-    column = tl.arange(0, 4)
+    column = tl.arange(0, 4).to(tl.int64)
     sign = tl.where(column < 2, -1.0, 1.0)[None, :]
     m_tile = m_row[:, None] & (column < 4)[None, :]
     o_out = row[:, None] * 4 + column[None, :]

@@ -11,6 +11,7 @@ from .math import (
     logistic,
     power,
 )
+from .rows import of_column
 
 
 @triton.jit
@@ -50,13 +51,13 @@ def task_aligned_kernel(
     p_target = p_targets + b * s_targets_b + t * s_targets_t
     tx1 = tl.load(p_target).to(tl.float32)
     ty1 = tl.load(p_target + s_targets_f).to(tl.float32)
-    tx2 = tl.load(p_target + 2 * s_targets_f).to(tl.float32)
-    ty2 = tl.load(p_target + 3 * s_targets_f).to(tl.float32)
+    tx2 = tl.load(p_target + of_column(2, s_targets_f)).to(tl.float32)
+    ty2 = tl.load(p_target + of_column(3, s_targets_f)).to(tl.float32)
     p_box = p_boxes + b * s_boxes_b + anchor * s_boxes_a
     px1 = tl.load(p_box, mask=m_anchor, other=0.0).to(tl.float32)
     py1 = tl.load(p_box + s_boxes_f, mask=m_anchor, other=0.0).to(tl.float32)
-    px2 = tl.load(p_box + 2 * s_boxes_f, mask=m_anchor, other=0.0).to(tl.float32)
-    py2 = tl.load(p_box + 3 * s_boxes_f, mask=m_anchor, other=0.0).to(tl.float32)
+    px2 = tl.load(p_box + of_column(2, s_boxes_f), mask=m_anchor, other=0.0).to(tl.float32)
+    py2 = tl.load(p_box + of_column(3, s_boxes_f), mask=m_anchor, other=0.0).to(tl.float32)
     score = similarity(px1, py1, px2, py2, tx1, ty1, tx2, ty2, IOU, EPS)
     score = tl.where(score > 0.0, tl.where(score > 1.0, 1.0, score), 0.0)
     x = tl.load(p_anchors + anchor * s_anchors_a, mask=m_anchor, other=0.0).to(tl.float32)
@@ -98,13 +99,13 @@ def match_cost_kernel(
     p_target = p_targets + b * s_targets_b + t * s_targets_t
     tx = tl.load(p_target).to(tl.float32)
     ty = tl.load(p_target + s_targets_f).to(tl.float32)
-    tw = tl.load(p_target + 2 * s_targets_f).to(tl.float32)
-    th = tl.load(p_target + 3 * s_targets_f).to(tl.float32)
+    tw = tl.load(p_target + of_column(2, s_targets_f)).to(tl.float32)
+    th = tl.load(p_target + of_column(3, s_targets_f)).to(tl.float32)
     p_box = p_boxes + problem * s_boxes_p + query * s_boxes_q
     px = tl.load(p_box, mask=m_query, other=0.0).to(tl.float32)
     py = tl.load(p_box + s_boxes_f, mask=m_query, other=0.0).to(tl.float32)
-    pw = tl.load(p_box + 2 * s_boxes_f, mask=m_query, other=0.0).to(tl.float32)
-    ph = tl.load(p_box + 3 * s_boxes_f, mask=m_query, other=0.0).to(tl.float32)
+    pw = tl.load(p_box + of_column(2, s_boxes_f), mask=m_query, other=0.0).to(tl.float32)
+    ph = tl.load(p_box + of_column(3, s_boxes_f), mask=m_query, other=0.0).to(tl.float32)
     distance = tl.abs(px - tx) + tl.abs(py - ty) + tl.abs(pw - tw) + tl.abs(ph - th)
     giou, _, _, _, _, _, _, _, _ = giou_loss_and_grad(
         px - 0.5 * pw, py - 0.5 * ph, px + 0.5 * pw, py + 0.5 * ph,

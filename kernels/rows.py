@@ -27,6 +27,12 @@ def rows_of_program(n_segment, n_blocks, n_inner, FLAT: tl.constexpr, BR: tl.con
 
 
 @triton.jit
+def of_column(column: tl.constexpr, s_f):
+    """The offset of a column; int64, for a stride of 2^30 is an int32 and thrice it is none."""
+    return tl.full([], column, tl.int64) * s_f
+
+
+@triton.jit
 def put_losses(p_out, loss, row, m_row, EACH: tl.constexpr):
     """Store each row's loss, or this program's partial sum."""
     if EACH:

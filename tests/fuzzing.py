@@ -164,9 +164,9 @@ def images_of(given: Case, index: Sequence[int]) -> Case:
 
 
 def property_of(examples: int, **drawn: st.SearchStrategy[Any]) -> Callable[[Any], Any]:
-    """The decorated test on `examples` fixed draws; with `--fuzz-minutes`, on random ones.
+    """The decorated test of a criterion by name, on `examples` fixed draws of the strategies.
 
-    What pytest gives, fixtures and parameters, comes first; all minutes are shared out evenly.
+    With `--fuzz-minutes` the draws are random, and go on for this test's even share of the time.
     """
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:

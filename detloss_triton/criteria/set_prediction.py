@@ -235,7 +235,11 @@ def get_cdn_matched_indices(
 
 
 class SetCriterion(nn.Module):
-    """A criterion over matched layers: its hyperparameters, its matcher, its packing."""
+    """A criterion over matched layers: its hyperparameters, its matcher, its packing.
+
+    Memory beyond the gradients: the costs, float32 of layers * B * T * Q, with T the largest number
+    of boxes in an image, and on the torch backend three copies of them for the host.
+    """
 
     get_cdn_matched_indices = staticmethod(get_cdn_matched_indices)
     # What is read of each layer's output, where it is there.

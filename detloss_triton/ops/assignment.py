@@ -75,19 +75,24 @@ def _(cost: Tensor, n_rows: Tensor, n_cols: Tensor) -> Tensor:
     return cost.new_empty(cost.shape[:2], dtype=torch.int64)
 
 
+@optimal_assignment.limited
+def _(cost: Tensor, n_rows: Tensor, n_cols: Tensor) -> str:
+    n_rows_max, n_cols_max = cost.shape[1:]
+    if max(n_rows_max, n_cols_max) <= _MAX_LONG and min(n_rows_max, n_cols_max) <= _MAX_SHORT:
+        return ""
+    return (
+        f"cost may have up to {_MAX_LONG} by {_MAX_SHORT} rows and columns (either way round), "
+        f"got {n_rows_max} by {n_cols_max},"
+    )
+
+
 @optimal_assignment.triton
 def _(cost: Tensor, n_rows: Tensor, n_cols: Tensor) -> Tensor:
     n_problems, n_rows_max, n_cols_max = cost.shape
-    long, short = max(n_rows_max, n_cols_max), min(n_rows_max, n_cols_max)
-    if long > _MAX_LONG or short > _MAX_SHORT:
-        raise ValueError(
-            f"cost may have up to {_MAX_LONG} by {_MAX_SHORT} rows and columns (either way round) "
-            f"on the Triton backend, got {n_rows_max} by {n_cols_max}"
-        )
     if cost.numel() == 0:
         return cost.new_full((n_problems, n_rows_max), -1, dtype=torch.int64)
     column_of_row = cost.new_empty((n_problems, n_rows_max), dtype=torch.int64)
-    block = max(power_of_2(long), _COLUMNS_PER_WARP)
+    block = max(power_of_2(max(n_rows_max, n_cols_max)), _COLUMNS_PER_WARP)
     backend.launch(
         kernels.assignment.assignment_kernel,
         (n_problems,),
@@ -117,8 +122,9 @@ def linear_sum_assignment(
     columns does not recompile the kernel. No gradient is defined; the cost is detached.
 
     Shapes:
-        cost: (P, R, C) or (R, C), any float dtype and any strides. On the Triton backend at most
-            4,096 by 1,024, either way round; float64 takes the torch backend. Reading is fastest
+        cost: (P, R, C) or (R, C), any float dtype and any strides. The kernel takes at most
+            4,096 by 1,024, either way round, and no float64: with the backend on "auto", such
+            problems take the torch backend. Reading is fastest
             where neighbours along the longer side are neighbours in memory.
         n_rows, n_cols: (P,), or () for one problem, integers on the device of the cost: problem p
             is `cost[p, :n_rows[p], :n_cols[p]]`. By default all of it. Counts are clamped to the

@@ -62,10 +62,14 @@ def _(logits: Tensor, left: Any, weight_left: Any, weight_right: Any) -> Tile:
     return _whole_rows(kernels.distributions.two_bin_kernel, logits)
 
 
+@two_bin.limited
+def _beyond(logits: Tensor, *others: Tensor | None) -> str:
+    bins = logits.shape[-1]
+    return f"logits may have up to {MAX_BINS} bins, got {bins}," if bins > MAX_BINS else ""
+
+
 def _whole_rows(kernel: Any, logits: Tensor, **constants: Any) -> Tile:
     bins = power_of_2(logits.shape[-1])
-    if bins > MAX_BINS:
-        raise ValueError(f"logits has {logits.shape[-1]} bins, the kernel takes {MAX_BINS}")
     # Rows wider than a tile take more warps, not more registers.
     warps = max(4, bins * 4 // TILE)
     constants |= {"BK": bins, "num_warps": warps}
@@ -98,6 +102,9 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
     norm_x, norm_t = x.logsumexp(-1), t.logsumexp(-1)
     p = (t - norm_t.unsqueeze(-1)).exp()
     return temperature**2 * ((p * (t - x)).sum(-1) + (norm_x - norm_t))
+
+
+distillation.limited(_beyond)
 
 
 @distillation.triton
