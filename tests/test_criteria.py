@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import BUILDERS, STRIDES, Batch, Draw, coder, rtmdet, yolov9
 from synchronisation import NoHostReads
 from torch import Tensor, nn
 from trees import Unchanged, leaves, mapped
 
 import detloss_triton as dt
+from detloss_triton.bench.batches import DENSE as BUILDERS
+from detloss_triton.bench.batches import STRIDES, Batch, Draw, coder, rtmdet, yolov9
 
 over_criteria = pytest.mark.parametrize("name", list(BUILDERS))
 HALVES = (torch.float16, torch.bfloat16)

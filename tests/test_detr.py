@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from trees import Unchanged, leaves
 
 from detloss_triton import DetrCriterion, DFINECriterion, HungarianMatcher, sum_losses
+from detloss_triton.bench.batches import DECODER_EXTRAS as EXTRAS
+from detloss_triton.bench.batches import Decoder
 from detloss_triton.criteria.dfine import bin_positions, box_bins
 from detloss_triton.matchers import union_of_matches
 from detloss_triton.targets import Targets, bucket, pack
@@ -25,84 +28,11 @@ DFINE_WEIGHTS = {
     "loss_ddf": 1.5,
 }
 DETR_WEIGHTS = {"loss_vfl": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0}
-EXTRAS = ("aux", "pre", "enc", "dn", "dn_pre")
 
 
-class Inputs:
-    """Random outputs and targets for `counts` boxes per image."""
-
-    def __init__(self, counts: list[int], device: torch.device, dtype: torch.dtype) -> None:
-        self.generator = torch.Generator().manual_seed(len(counts) + sum(counts))
-        self.device, self.dtype, self.counts = device, dtype, counts
-        self.targets = [
-            {
-                "labels": torch.randint(0, CLASSES, (n,), generator=self.generator).to(device),
-                "boxes": self.boxes(n),
-            }
-            for n in counts
-        ]
-
-    def boxes(self, *shape: int) -> Tensor:
-        corner = 0.1 + 0.8 * torch.rand(*shape, 2, generator=self.generator)
-        size = 0.05 + 0.3 * torch.rand(*shape, 2, generator=self.generator)
-        return torch.cat([corner, size], -1).to(self.device)
-
-    def leaf(self, *shape: int) -> Tensor:
-        x = torch.randn(*shape, generator=self.generator) - 1
-        return x.to(self.device, self.dtype).requires_grad_()
-
-    def layer(self, queries: int = QUERIES, corners: bool = False) -> dict[str, Tensor]:
-        n = len(self.counts)
-        layer = {
-            "pred_logits": self.leaf(n, queries, CLASSES),
-            "pred_boxes": self.boxes(n, queries).to(self.dtype).requires_grad_(),
-        }
-        if corners:
-            layer["pred_corners"] = self.leaf(n, queries, 4 * (REG_MAX + 1))
-            layer["ref_points"] = self.boxes(n, queries)
-        return layer
-
-    def meta(self) -> tuple[dict[str, Any], int]:
-        most = max(self.counts)
-        positives = [
-            torch.cat([torch.arange(n) + 2 * most * g for g in range(GROUPS)]).to(self.device)
-            for n in self.counts
-        ]
-        return {"dn_positive_idx": positives, "dn_num_group": GROUPS}, 2 * most * GROUPS
-
-    def detr(self, *extras: str) -> dict[str, Any]:
-        outputs: dict[str, Any] = self.layer()
-        if "aux" in extras:
-            outputs["aux_outputs"] = [self.layer(), self.layer()]
-        if "dn" in extras:
-            outputs["dn_meta"], queries = self.meta()
-            outputs["dn_aux_outputs"] = [self.layer(queries), self.layer(queries)]
-        return outputs
-
-    def dfine(self, *extras: str) -> dict[str, Any]:
-        outputs: dict[str, Any] = self.layer(corners=True)
-        outputs["up"] = torch.tensor([0.5], device=self.device)
-        outputs["reg_scale"] = torch.tensor([4.0], device=self.device)
-
-        def taught(layers: list[dict[str, Tensor]], teacher: dict[str, Tensor]) -> Any:
-            for layer in layers:
-                layer["teacher_corners"] = teacher["pred_corners"].detach()
-                layer["teacher_logits"] = teacher["pred_logits"].detach()
-            return layers
-
-        if "aux" in extras:
-            outputs["aux_outputs"] = taught([self.layer(corners=True) for _ in range(2)], outputs)
-        if "pre" in extras:
-            outputs["pre_outputs"] = self.layer()
-        if "enc" in extras:
-            outputs["enc_aux_outputs"] = [self.layer()]
-        if "dn" in extras:
-            outputs["dn_meta"], queries = self.meta()
-            layers = [self.layer(queries, corners=True) for _ in range(2)]
-            outputs["dn_outputs"] = taught(layers, layers[-1])
-            if "dn_pre" in extras:
-                outputs["dn_pre_outputs"] = self.layer(queries)
-        return outputs
+Inputs = functools.partial(
+    Decoder, classes=CLASSES, queries=QUERIES, reg_max=REG_MAX, groups=GROUPS, layers=2
+)
 
 
 def criterion_of(name: str) -> DetrCriterion | DFINECriterion:

@@ -1,34 +1,13 @@
-"""Nested dictionaries, lists and tuples of tensors: what criteria take and return."""
+"""Proof that nothing writes to what it was given."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
-
-def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(dotted path, tensor) of every tensor, in order."""
-    if isinstance(tree, Tensor):
-        yield path, tree
-    elif isinstance(tree, (dict, list, tuple)):
-        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        for key, value in items:
-            yield from leaves(value, f"{path}.{key}" if path else str(key))
-
-
-def mapped(change: Callable[[str, Tensor], Tensor], tree: Any, path: str = "") -> Any:
-    """A copy of the tree with `change(dotted path, tensor)` in place of each tensor."""
-    if isinstance(tree, Tensor):
-        return change(path, tree)
-    if isinstance(tree, dict):
-        return {k: mapped(change, v, f"{path}.{k}" if path else str(k)) for k, v in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        items = [mapped(change, v, f"{path}.{i}" if path else str(i)) for i, v in enumerate(tree)]
-        return type(tree)(items)
-    return tree
+from detloss_triton.bench.trees import leaves as leaves
+from detloss_triton.bench.trees import mapped as mapped
 
 
 class Unchanged:

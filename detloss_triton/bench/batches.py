@@ -1,4 +1,4 @@
-"""Random batches for the five dense criteria: criterion, arguments of its forward, leaves.
+"""Random batches for the seven criteria: criterion, arguments of its forward, leaves.
 
 Everything is drawn from one seeded generator on the CPU and then moved, so that devices agree.
 """
@@ -6,15 +6,16 @@ Everything is drawn from one seeded generator on the CPU and then moved, so that
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trees import leaves, mapped
 
 import detloss_triton as dt
+
+from .trees import leaves, mapped
 
 STRIDES = (8, 16, 32)
 
@@ -23,8 +24,8 @@ STRIDES = (8, 16, 32)
 class Batch:
     """One call of a criterion.
 
-    `differentiable` names the arguments whose tensors require gradients; `of_positives` is a
-    pattern of the dotted paths of those that only positives teach.
+    `differentiable` names the arguments, or the entries within them, whose tensors require
+    gradients; `of_positives` is a pattern of the dotted paths of those that only positives teach.
     """
 
     make: Callable[..., nn.Module]
@@ -36,7 +37,8 @@ class Batch:
         """Fresh leaves on the device, in `dtype`; what is no leaf stays in its own."""
 
         def placed(path: str, x: Tensor) -> Tensor:
-            if path.split(".")[0] not in self.differentiable:
+            argument, entry = path.partition(".")[0], path.rpartition(".")[2]
+            if argument not in self.differentiable and entry not in self.differentiable:
                 return x.to(device, copy=True)
             return x.detach().to(device, dtype, copy=True).requires_grad_()
 
@@ -88,7 +90,12 @@ def coder() -> dt.DeltaXYWHBBoxCoder:
 
 
 def atss(
-    seed: int = 0, images: int = 2, classes: int = 5, positives: float = 0.1, size: int = 64
+    seed: int = 0,
+    images: int = 2,
+    classes: int = 5,
+    positives: float = 0.1,
+    size: int = 64,
+    strides: tuple[int, ...] = STRIDES,
 ) -> Batch:
     draw = Draw(seed)
     inputs: dict[str, Any] = {
@@ -99,7 +106,7 @@ def atss(
         )
     }
     n_positive = 0
-    for stride in STRIDES:
+    for stride in strides:
         side = size // stride
         n = side * side
         centres = grid(size, stride).expand(images, n, 2)
@@ -252,10 +259,196 @@ def yolov9(
     return Batch(make, inputs, ("main_preds", "aux_preds"), r"preds\.\d\.[12]$")
 
 
-BUILDERS: dict[str, Callable[..., Batch]] = {
+class Decoder:
+    """Random outputs of a transformer decoder, and `counts` target boxes per image.
+
+    With `settled`, each target has a query that finds it in every layer, as late in training:
+    all layers then match alike. Without, predictions are as random as at its start.
+    """
+
+    def __init__(
+        self,
+        counts: Sequence[int],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        classes: int = 4,
+        queries: int = 12,
+        layers: int = 2,
+        reg_max: int = 8,
+        groups: int = 2,
+        seed: int | None = None,
+        settled: bool = False,
+    ) -> None:
+        seed = len(counts) + sum(counts) if seed is None else seed
+        self.generator = torch.Generator().manual_seed(seed)
+        self.device, self.dtype, self.counts = torch.device(device), dtype, counts
+        self.classes, self.queries, self.n_layers = classes, queries, layers
+        self.reg_max, self.groups, self.settled = reg_max, groups, settled
+        self.targets = [
+            {
+                "labels": torch.randint(0, classes, (n,), generator=self.generator).to(device),
+                "boxes": self.boxes(n),
+            }
+            for n in counts
+        ]
+        self.finders = [torch.randperm(queries, generator=self.generator)[:n] for n in counts]
+
+    def boxes(self, *shape: int) -> Tensor:
+        corner = 0.1 + 0.8 * torch.rand(*shape, 2, generator=self.generator)
+        size = 0.05 + 0.3 * torch.rand(*shape, 2, generator=self.generator)
+        return torch.cat([corner, size], -1).to(self.device)
+
+    def leaf(self, *shape: int) -> Tensor:
+        x = torch.randn(*shape, generator=self.generator) - 1
+        return x.to(self.device, self.dtype).requires_grad_()
+
+    def layer(self, queries: int | None = None, corners: bool = False) -> dict[str, Tensor]:
+        n, q = len(self.counts), self.queries if queries is None else queries
+        layer = {
+            "pred_logits": self.leaf(n, q, self.classes),
+            "pred_boxes": self.boxes(n, q).to(self.dtype).requires_grad_(),
+        }
+        if corners:
+            layer["pred_corners"] = self.leaf(n, q, 4 * (self.reg_max + 1))
+            layer["ref_points"] = self.boxes(n, q)
+        if self.settled and queries is None:
+            self._settle(layer)
+        return layer
+
+    @torch.no_grad()
+    def _settle(self, layer: dict[str, Tensor]) -> None:
+        for image, (target, found) in enumerate(zip(self.targets, self.finders, strict=True)):
+            for key in ("pred_boxes", "ref_points"):
+                if key in layer:
+                    shift = 0.02 * torch.rand(len(found), 4, generator=self.generator)
+                    layer[key][image, found] = (target["boxes"] + shift.to(self.device)).to(
+                        layer[key].dtype
+                    )
+            layer["pred_logits"][image, found, target["labels"]] = 2.0
+
+    def meta(self) -> tuple[dict[str, Any], int]:
+        """(dn_meta, number of denoising queries)."""
+        most = max(self.counts)
+        positives = [
+            torch.cat([torch.arange(n) + 2 * most * g for g in range(self.groups)]).to(self.device)
+            for n in self.counts
+        ]
+        meta = {"dn_positive_idx": positives, "dn_num_group": self.groups}
+        return meta, 2 * most * self.groups
+
+    def detr(self, *extras: str) -> dict[str, Any]:
+        """Outputs for `DetrCriterion` with the extra layers named: "aux", "dn"."""
+        outputs: dict[str, Any] = self.layer()
+        if "aux" in extras:
+            outputs["aux_outputs"] = [self.layer() for _ in range(self.n_layers)]
+        if "dn" in extras:
+            outputs["dn_meta"], queries = self.meta()
+            outputs["dn_aux_outputs"] = [self.layer(queries) for _ in range(self.n_layers)]
+        return outputs
+
+    def dfine(self, *extras: str) -> dict[str, Any]:
+        """Outputs for `DFINECriterion` with the extra layers named: see `DECODER_EXTRAS`."""
+        outputs: dict[str, Any] = self.layer(corners=True)
+        outputs["up"] = torch.tensor([0.5], device=self.device)
+        outputs["reg_scale"] = torch.tensor([4.0], device=self.device)
+
+        def taught(layers: list[dict[str, Tensor]], teacher: dict[str, Tensor]) -> Any:
+            for layer in layers:
+                layer["teacher_corners"] = teacher["pred_corners"].detach()
+                layer["teacher_logits"] = teacher["pred_logits"].detach()
+            return layers
+
+        if "aux" in extras:
+            layers = [self.layer(corners=True) for _ in range(self.n_layers)]
+            outputs["aux_outputs"] = taught(layers, outputs)
+        if "pre" in extras:
+            outputs["pre_outputs"] = self.layer()
+        if "enc" in extras:
+            outputs["enc_aux_outputs"] = [self.layer()]
+        if "dn" in extras:
+            outputs["dn_meta"], queries = self.meta()
+            layers = [self.layer(queries, corners=True) for _ in range(self.n_layers)]
+            outputs["dn_outputs"] = taught(layers, layers[-1])
+            if "dn_pre" in extras:
+                outputs["dn_pre_outputs"] = self.layer(queries)
+        return outputs
+
+
+DECODER_EXTRAS = ("aux", "pre", "enc", "dn", "dn_pre")
+_PREDICTIONS = ("pred_logits", "pred_boxes", "pred_corners")
+_DETR_WEIGHTS = {"loss_vfl": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0}
+_DFINE_WEIGHTS = _DETR_WEIGHTS | {"loss_fgl": 0.15, "loss_ddf": 1.5}
+
+
+def detr(
+    seed: int = 0,
+    images: int = 2,
+    classes: int = 5,
+    boxes: int = 3,
+    queries: int = 12,
+    layers: int = 2,
+    groups: int = 2,
+    settled: bool = True,
+    extras: Sequence[str] = ("aux", "dn"),
+) -> Batch:
+    """Of 1 to `boxes` boxes per image."""
+    counts = Draw(seed).integers(1, boxes + 1, images).tolist()
+    decoder = Decoder(
+        counts,
+        classes=classes,
+        queries=queries,
+        layers=layers,
+        groups=groups,
+        seed=seed,
+        settled=settled,
+    )
+
+    def make(**kwargs: Any) -> nn.Module:
+        return dt.DetrCriterion(_DETR_WEIGHTS, **{"num_classes": classes, "alpha": 0.75, **kwargs})
+
+    inputs = {"outputs": decoder.detr(*extras), "targets": decoder.targets}
+    return Batch(make, inputs, _PREDICTIONS, "")
+
+
+def dfine(
+    seed: int = 0,
+    images: int = 2,
+    classes: int = 5,
+    boxes: int = 3,
+    queries: int = 12,
+    layers: int = 2,
+    groups: int = 2,
+    reg_max: int = 32,
+    settled: bool = True,
+    extras: Sequence[str] = DECODER_EXTRAS,
+) -> Batch:
+    """Of 1 to `boxes` boxes per image."""
+    counts = Draw(seed).integers(1, boxes + 1, images).tolist()
+    decoder = Decoder(
+        counts,
+        classes=classes,
+        queries=queries,
+        layers=layers,
+        groups=groups,
+        reg_max=reg_max,
+        seed=seed,
+        settled=settled,
+    )
+
+    def make(**kwargs: Any) -> nn.Module:
+        settings = {"num_classes": classes, "alpha": 0.75, "reg_max": reg_max, **kwargs}
+        return dt.DFINECriterion(_DFINE_WEIGHTS, **settings)
+
+    inputs = {"outputs": decoder.dfine(*extras), "targets": decoder.targets}
+    return Batch(make, inputs, _PREDICTIONS, "")
+
+
+DENSE: dict[str, Callable[..., Batch]] = {
     "atss": atss,
     "rtmdet": rtmdet,
     "ssd": ssd,
     "yolox": yolox,
     "yolov9": yolov9,
 }
+BUILDERS: dict[str, Callable[..., Batch]] = {**DENSE, "detr": detr, "dfine": dfine}

@@ -1,0 +1,1 @@
+"""What `detloss bench` and `pytest bench` share: inputs, providers, peers, measurement, reports."""
