@@ -7,15 +7,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# What makes the host wait for a value: `.item()`, `nonzero`, boolean indexing, `unique`.
-_READS = {
-    torch.ops.aten._local_scalar_dense.default,
-    torch.ops.aten.nonzero.default,
-    torch.ops.aten.is_nonzero.default,
-    torch.ops.aten.equal.default,
-    torch.ops.aten.masked_select.default,
-    torch.ops.aten._unique2.default,
-}
+from detloss_triton.bench.measure import READS
 
 
 class NoHostReads(TorchDispatchMode):
@@ -28,7 +20,7 @@ class NoHostReads(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        assert function not in _READS, f"the host reads the device: {function}"
+        assert function not in READS, f"the host reads the device: {function}"
         if function is torch.ops.aten.index.Tensor:
             masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
             assert not masks, "indexing with a mask reads the device"

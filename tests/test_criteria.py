@@ -27,9 +27,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 def made(batch: Batch, device: torch.device, **kwargs: Any) -> nn.Module:
     """The batch's criterion on the device."""
-    if batch.make.__qualname__.startswith("yolov9"):
-        kwargs["device"] = device
-    return batch.make(**kwargs).to(device)
+    return batch.criterion(device, **kwargs)
 
 
 def mixed(losses: dict[str, Any]) -> Tensor:

@@ -6,6 +6,7 @@ Everything is drawn from one seeded generator on the CPU and then moved, so that
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,12 @@ class Batch:
             return x.detach().to(device, dtype, copy=True).requires_grad_()
 
         return dataclasses.replace(self, inputs=mapped(placed, self.inputs))
+
+    def criterion(self, device: torch.device, **kwargs: Any) -> nn.Module:
+        """The batch's criterion on the device."""
+        if "device" in inspect.signature(self.make).parameters:
+            kwargs["device"] = device
+        return self.make(**kwargs).to(device)
 
     def leaves(self) -> dict[str, Tensor]:
         """Dotted path -> leaf."""

@@ -1,0 +1,70 @@
+"""What the figures were measured on: machine, versions, commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from detloss_triton import __version__
+
+from .measure import Clock
+
+_PACKAGES = ("numpy", "scipy", "torchvision", "transformers", "torch-linear-assignment", "triton")
+
+
+def describe(device: torch.device, clock: Clock) -> dict[str, Any]:
+    """The JSON's head; nothing in it names a path or a user."""
+    return {
+        "device": str(device),
+        "name": _cpu_name() if device.type == "cpu" else clock.device_name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": _commit(),
+        "versions": {
+            "detloss_triton": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        }
+        | {name: version for name in _PACKAGES if (version := _version(name))},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The checkout's commit, marked if files differ from it; None where there is no checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", ".")
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
