@@ -1,12 +1,12 @@
-"""The command line: `detloss info`, `detloss check` and `detloss train`."""
+"""The command line: `detloss info`, `detloss check`, `detloss train` and `detloss bench`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,8 +17,11 @@ from .demo.detectors import RECIPES
 from .demo.samples import InputError
 
 EXIT_FAILED_CHECK, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
-# The modules of the extra `demo`; only `train` needs them.
-DEMO_MODULES = ("matplotlib", "PIL", "pycocotools", "tqdm")
+# The modules of an extra, by the command that needs them.
+MODULES_OF = {
+    "train": ("demo", ("matplotlib", "PIL", "pycocotools", "tqdm")),
+    "bench": ("bench", ("matplotlib", "tqdm")),
+}
 COARSEST_STRIDE = 32
 LARGEST_SEED = 2**63 - 1
 
@@ -86,10 +89,30 @@ def _parser() -> argparse.ArgumentParser:
         "--threads", type=_positive, default=1, metavar="N", help="on the CPU; default: %(default)s"
     )
     add("--output", type=Path, metavar="DIR", help="where to write; default: runs/<time>")
-    for command in (check, train):
+
+    bench = commands.add_parser(
+        "bench",
+        help="time every op and criterion, here, against its peers",
+        description="Time every op and criterion on this machine against its peers; print a table, "
+        "write bench.json and pictures. The extra `bench` installs the peers.",
+    )
+    bench.set_defaults(run=_bench)
+    add = bench.add_argument
+    add("--quick", action="store_true", help="one image, few rounds: a minute on two cores")
+    add("--only", nargs="+", default=(), metavar="NAME", help="these ops and criteria alone")
+    add("--output", type=Path, metavar="DIR", help="where to write; default: runs/bench-<time>")
+    add(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("OLD.json", "NEW.json"),
+        help="time nothing: print the ratios of two reports",
+    )
+    for command in (check, train, bench):
         command.add_argument(
             "--device", type=_device, help="default: an accelerator if there is one, else cpu"
         )
+    for command in (check, train):
         command.add_argument(
             "--backend",
             choices=("auto", "triton", "torch"),
@@ -136,14 +159,8 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    try:
+    with _extra("train"):
         from .demo.train import Settings, train
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in DEMO_MODULES:
-            raise
-        raise InputError(
-            f'{error.name} is not installed: pip install "detloss_triton[demo]"'
-        ) from None
     if (options.images is None) != (options.annotations is None):
         given, missing = "--images", "--annotations"
         if options.images is None:
@@ -166,6 +183,47 @@ def _train(options: argparse.Namespace) -> int:
                 annotations=options.annotations,
             )
         )
+    return 0
+
+
+@contextmanager
+def _extra(command: str) -> Iterator[None]:
+    """Say which extra to install where one of its modules is missing."""
+    extra, modules = MODULES_OF[command]
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in modules:
+            raise
+        raise InputError(
+            f'{error.name} is not installed: pip install "detloss_triton[{extra}]"'
+        ) from None
+
+
+def _bench(options: argparse.Namespace) -> int:
+    with _extra("bench"):
+        from .bench import pictures, report, run
+    if options.compare:
+        try:
+            print(report.comparison(*map(report.read, options.compare)))
+        except report.ReportError as error:
+            raise InputError(str(error)) from None
+        return 0
+    unknown = sorted(set(options.only) - set(run.names()))
+    if unknown:
+        raise InputError(f"--only: expected names among {', '.join(run.names())}, got {unknown[0]}")
+    output = options.output or Path("runs", time.strftime("bench-%Y%m%d-%H%M%S"))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output: {output}: {error.strerror}") from None
+    device = options.device or _default_device()
+    found = run.run(run.Settings(device, options.quick, options.only))
+    print(report.heading(found))
+    print(report.table(found))
+    run.write(found, output / "bench.json")
+    for path in (output / "bench.json", *pictures.draw(found, output)):
+        print(f"wrote {path}")
     return 0
 
 

@@ -64,7 +64,11 @@ def _commit() -> str | None:
         ).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", ".")
+        # An installed package may lie in a checkout of something else.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        changed = git(
+            "status", "--porcelain", "--untracked-files=no", git("rev-parse", "--show-toplevel")
+        )
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
