@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -99,6 +100,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=_bench)
     add = bench.add_argument
     add("--quick", action="store_true", help="one image, few rounds: a minute on two cores")
+    add(
+        "--aot",
+        action="store_true",
+        help="time nothing: compile every kernel for the GPUs we name, without one; report "
+        "registers, shared and local memory, load and store widths",
+    )
     add("--only", nargs="+", default=(), metavar="NAME", help="these ops and criteria alone")
     add("--output", type=Path, metavar="DIR", help="where to write; default: runs/bench-<time>")
     add(
@@ -217,6 +224,8 @@ def _bench(options: argparse.Namespace) -> int:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output: {output}: {error.strerror}") from None
+    if options.aot:
+        return _ahead_of_time(options.quick, output)
     device = options.device or _default_device()
     found = run.run(run.Settings(device, options.quick, options.only))
     print(report.heading(found))
@@ -225,6 +234,21 @@ def _bench(options: argparse.Namespace) -> int:
     for path in (output / "bench.json", *pictures.draw(found, output)):
         print(f"wrote {path}")
     return 0
+
+
+def _ahead_of_time(quick: bool, output: Path) -> int:
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        raise InputError("--aot: expected Triton's compiler, but TRITON_INTERPRET=1 replaces it")
+    try:
+        from .bench import resources
+    except ImportError as error:
+        raise InputError(f"--aot needs Triton: {error}") from None
+    rows = resources.measure(quick=quick)
+    print(resources.table(rows))
+    resources.write(rows, output / "aot.json")
+    spilling = [row for row in rows if row["local"] or row["spills"]]
+    print(f"wrote {output / 'aot.json'}: {len(rows)} kernels, {len(spilling)} use local memory")
+    return EXIT_FAILED_CHECK if spilling else 0
 
 
 def _backend(name: Any) -> AbstractContextManager[object]:

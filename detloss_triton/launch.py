@@ -38,6 +38,14 @@ def power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def _neighbours(n_inner: int, n_segment: int) -> int:
+    """How many consecutive rows share their outer index, wherever a program starts.
+
+    At most 16, which Triton looks for in strides. By remainders: a gcd would fix dynamic shapes.
+    """
+    return next(n for n in (16, 8, 4, 2, 1) if n_inner % n == 0 and n_segment % n == 0)
+
+
 def forward(call: Call, weight: Tensor | None, inputs: tuple[Tensor | None, ...]) -> Tensor:
     if math.prod(call.rows) == 0:
         return _first(inputs).new_zeros(call.out_shape, dtype=torch.float32)
@@ -120,7 +128,7 @@ def _run(
         n_features=first.shape[-1],
         BACKWARD=dout is not None,
         EACH=each,
-        FLAT=n_inner == n_rows,
+        GROUP=0 if n_inner == n_rows else _neighbours(n_inner, n_segment),
         BR=tile.rows,
         **tile.constants,
     )

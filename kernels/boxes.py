@@ -57,11 +57,11 @@ def overlap_kernel(
     s_dpred_o, s_dpred_i, s_dpred_f, s_dtarget_o, s_dtarget_i, s_dtarget_f,
     n_segment, n_blocks, n_inner, n_features,
     HAS_WEIGHT: tl.constexpr, GRAD_PRED: tl.constexpr, GRAD_TARGET: tl.constexpr,
-    BACKWARD: tl.constexpr, EACH: tl.constexpr, FLAT: tl.constexpr, BR: tl.constexpr,
+    BACKWARD: tl.constexpr, EACH: tl.constexpr, GROUP: tl.constexpr, BR: tl.constexpr,
     LOSS: tl.constexpr, EPS: tl.constexpr, OPTION: tl.constexpr,
 ):  # fmt: skip
     """Boxes xyxy, four columns each."""
-    segment, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, FLAT, BR)
+    segment, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, BR)
     weight, m_used = row_weight(p_weight, outer, inner, s_weight_o, s_weight_i, m_row, HAS_WEIGHT)
     o_p = outer * s_pred_o + inner * s_pred_i
     o_t = outer * s_target_o + inner * s_target_i
@@ -101,11 +101,11 @@ def distance_kernel(
     s_dpred_o, s_dpred_i, s_dpred_f, s_dtarget_o, s_dtarget_i, s_dtarget_f,
     n_segment, n_blocks, n_inner, n_features,
     HAS_WEIGHT: tl.constexpr, GRAD_PRED: tl.constexpr, GRAD_TARGET: tl.constexpr,
-    BACKWARD: tl.constexpr, EACH: tl.constexpr, FLAT: tl.constexpr, BR: tl.constexpr,
+    BACKWARD: tl.constexpr, EACH: tl.constexpr, GROUP: tl.constexpr, BR: tl.constexpr,
     LOSS: tl.constexpr, BETA: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """Coordinate by coordinate, summed over the row's BF >= n_features columns."""
-    segment, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, FLAT, BR)
+    segment, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, BR)
     weight, m_used = row_weight(p_weight, outer, inner, s_weight_o, s_weight_i, m_row, HAS_WEIGHT)
     column = tl.arange(0, BF).to(tl.int64)
     m_column = column < n_features
@@ -140,13 +140,13 @@ def delta_decode_kernel(
     s_deltas_o, s_deltas_i, s_deltas_f, s_anchors_o, s_anchors_i, s_anchors_f,
     s_weight_o, s_weight_i, s_ddeltas_o, s_ddeltas_i, s_ddeltas_f,
     n_segment, n_blocks, n_inner, n_features,
-    HAS_WEIGHT: tl.constexpr, BACKWARD: tl.constexpr, EACH: tl.constexpr, FLAT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, BACKWARD: tl.constexpr, EACH: tl.constexpr, GROUP: tl.constexpr,
     BR: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr,
     MEAN_X: tl.constexpr, MEAN_Y: tl.constexpr, MEAN_W: tl.constexpr, MEAN_H: tl.constexpr,
     STD_X: tl.constexpr, STD_Y: tl.constexpr, STD_W: tl.constexpr, STD_H: tl.constexpr,
 ):  # fmt: skip
     """Boxes xyxy from normalised deltas and anchors."""
-    _, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, FLAT, BR)
+    _, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, BR)
     o_d = outer * s_deltas_o + inner * s_deltas_i
     o_a = outer * s_anchors_o + inner * s_anchors_i
     x1, x2, x_slope, x_half = delta_decode_1d(
@@ -187,11 +187,11 @@ def distance_decode_kernel(
     s_distances_o, s_distances_i, s_distances_f, s_points_o, s_points_i, s_points_f,
     s_weight_o, s_weight_i, s_ddistances_o, s_ddistances_i, s_ddistances_f,
     n_segment, n_blocks, n_inner, n_features,
-    HAS_WEIGHT: tl.constexpr, BACKWARD: tl.constexpr, EACH: tl.constexpr, FLAT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, BACKWARD: tl.constexpr, EACH: tl.constexpr, GROUP: tl.constexpr,
     BR: tl.constexpr,
 ):  # fmt: skip
     """Boxes xyxy from points and the distances to left, top, right and bottom: [BR, 4] tiles."""
-    _, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, FLAT, BR)
+    _, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, BR)
     column = tl.arange(0, 4).to(tl.int64)
     sign = tl.where(column < 2, -1.0, 1.0)[None, :]
     m_tile = m_row[:, None] & (column < 4)[None, :]

@@ -1,6 +1,8 @@
 """Sigmoid losses over classes: one target class per row with a score, never a one-hot.
 
-A tile is [BR rows, BC classes]; a program walks the classes of its rows tile by tile.
+A tile is [BR rows, BC classes]; a program walks the classes of its rows tile by tile. The number of
+classes is specialised, unlike counts that change from step to step: where it divides by 16, a mask
+over classes is known to be the same for 4 neighbours, without which no load is wider than one.
 """
 
 import triton
@@ -22,7 +24,7 @@ def loss_and_grad(x, t, is_label, LOSS: tl.constexpr, A: tl.constexpr, B: tl.con
         return varifocal_and_grad(x, t, is_label, A, B)
 
 
-@triton.jit(do_not_specialize=["n_segment", "n_blocks", "n_inner", "n_features"])
+@triton.jit(do_not_specialize=["n_segment", "n_blocks", "n_inner"])
 def class_kernel(
     p_logits, p_label, p_score, p_mask, p_weight, p_out, p_dout, p_dlogits,
     s_logits_o, s_logits_i, s_logits_f, s_label_o, s_label_i, s_score_o, s_score_i,
@@ -30,11 +32,11 @@ def class_kernel(
     s_dlogits_o, s_dlogits_i, s_dlogits_f,
     n_segment, n_blocks, n_inner, n_features,
     HAS_LABEL: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, BACKWARD: tl.constexpr, EACH: tl.constexpr, FLAT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, BACKWARD: tl.constexpr, EACH: tl.constexpr, GROUP: tl.constexpr,
     BR: tl.constexpr, LOSS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Without a label every class of the row has the row's score as its target."""
-    segment, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, FLAT, BR)
+    segment, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, BR)
     score = tl.full([BR], 1.0, tl.float32)
     if HAS_SCORE:
         o_score = outer * s_score_o + inner * s_score_i

@@ -1,4 +1,7 @@
-"""Losses over a discrete distribution per row: a tile holds whole rows, [BR, BK], BK >= bins."""
+"""Losses over a discrete distribution per row: a tile holds whole rows, [BR, BK], BK >= bins.
+
+The number of bins is specialised as that of classes is, for wide loads.
+"""
 
 import triton
 import triton.language as tl
@@ -8,7 +11,7 @@ from .math import distillation_and_grad, two_bin_and_grad
 from .rows import put_losses, rows_of_program, upstream
 
 
-@triton.jit(do_not_specialize=["n_segment", "n_blocks", "n_inner", "n_features"])
+@triton.jit(do_not_specialize=["n_segment", "n_blocks", "n_inner"])
 def two_bin_kernel(
     p_logits, p_left, p_weight_left, p_weight_right, p_weight, p_out, p_dout, p_dlogits,
     s_logits_o, s_logits_i, s_logits_f, s_left_o, s_left_i, s_weight_left_o, s_weight_left_i,
@@ -16,11 +19,11 @@ def two_bin_kernel(
     s_dlogits_o, s_dlogits_i, s_dlogits_f,
     n_segment, n_blocks, n_inner, n_features,
     HAS_WEIGHT_LEFT: tl.constexpr, HAS_WEIGHT_RIGHT: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    BACKWARD: tl.constexpr, EACH: tl.constexpr, FLAT: tl.constexpr, BR: tl.constexpr,
+    BACKWARD: tl.constexpr, EACH: tl.constexpr, GROUP: tl.constexpr, BR: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
     """A row whose left bin is no bin weighs nothing; a right bin beyond the last is left out."""
-    segment, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, FLAT, BR)
+    segment, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, BR)
     weight, m_used = row_weight(p_weight, outer, inner, s_weight_o, s_weight_i, m_row, HAS_WEIGHT)
     o_left = outer * s_left_o + inner * s_left_i
     left = tl.load(p_left + o_left, mask=m_used, other=-1).to(tl.int64)
@@ -54,17 +57,17 @@ def two_bin_kernel(
         put_losses(p_out, tl.where(m_used, weight * loss, 0.0), row, m_row, EACH)
 
 
-@triton.jit(do_not_specialize=["n_segment", "n_blocks", "n_inner", "n_features"])
+@triton.jit(do_not_specialize=["n_segment", "n_blocks", "n_inner"])
 def distillation_kernel(
     p_student, p_teacher, p_weight, p_out, p_dout, p_dstudent,
     s_student_o, s_student_i, s_student_f, s_teacher_o, s_teacher_i, s_teacher_f,
     s_weight_o, s_weight_i, s_dstudent_o, s_dstudent_i, s_dstudent_f,
     n_segment, n_blocks, n_inner, n_features,
-    HAS_WEIGHT: tl.constexpr, BACKWARD: tl.constexpr, EACH: tl.constexpr, FLAT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, BACKWARD: tl.constexpr, EACH: tl.constexpr, GROUP: tl.constexpr,
     BR: tl.constexpr, BK: tl.constexpr, TEMPERATURE: tl.constexpr,
 ):  # fmt: skip
     """A student's distribution pulled towards its teacher's, row by row."""
-    segment, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, FLAT, BR)
+    segment, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, BR)
     weight, m_used = row_weight(p_weight, outer, inner, s_weight_o, s_weight_i, m_row, HAS_WEIGHT)
     column = tl.arange(0, BK).to(tl.int64)
     m_column = (column < n_features)[None, :]

@@ -11,13 +11,20 @@ import triton.language as tl
 
 
 @triton.jit
-def rows_of_program(n_segment, n_blocks, n_inner, FLAT: tl.constexpr, BR: tl.constexpr):
-    """(segment, outer, inner, row, mask) of this program's rows; int64, for 2^31 is not far."""
+def rows_of_program(n_segment, n_blocks, n_inner, GROUP: tl.constexpr, BR: tl.constexpr):
+    """(segment, outer, inner, row, mask) of this program's rows; int64, for 2^31 is not far.
+
+    GROUP is 0 if the rows lie in one dimension; else so many neighbours share their outer index.
+    """
+    if GROUP > 1:
+        # Says to the compiler what is so anyway: neighbouring rows are then read together.
+        n_segment = n_segment // GROUP * GROUP
+        n_inner = n_inner // GROUP * GROUP
     pid = tl.program_id(0).to(tl.int64)
     segment = pid // n_blocks
     local = (pid - segment * n_blocks) * BR + tl.arange(0, BR)
     row = segment * n_segment + local
-    if FLAT:
+    if GROUP == 0:
         outer = row * 0
         inner = row
     else:

@@ -1,4 +1,7 @@
-"""Every op's kernels compile for the GPUs we name, without one, and fit into registers."""
+"""Kernels compile for the GPUs we name, without one: in registers, with wide loads.
+
+The baseline `aot.json` is what `detloss bench --aot --quick --output tests` wrote.
+"""
 
 from __future__ import annotations
 
@@ -7,63 +10,132 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 
 from detloss_triton import op, ops  # noqa: F401  (ops fills the registry)
+from detloss_triton.bench import aot
 
 HERE = Path(__file__).parent
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-
 KERNEL = re.compile(r"def (\w+_kernel)\(")
+# Ahead of this, fewer programs fit on a multiprocessor.
+MORE_REGISTERS = 8
+WIDE = 128
 
 Kernels = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    """What each kernel needs on each target."""
+    """What each kernel needs on each target, by the command that reports it."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     # A cache of our own: nothing compiled earlier, nor by another version, is taken for new.
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     )
+    output = tmp_path_factory.mktemp("aot")
+    command = ("-m", "detloss_triton.cli", "bench", "--aot", "--quick", "--output", output)
     result = subprocess.run(
-        [sys.executable, HERE / "compile_ops.py", *TARGETS],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600
     )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    assert (output / "aot.json").exists(), result.stderr
+    return json.loads((output / "aot.json").read_text())["rows"]
+
+
+def key(kernel: dict[str, Any]) -> str:
+    return " ".join(kernel[part] for part in ("target", "variant", "pass"))
+
+
+def mean_width(counted: dict[str, int]) -> float:
+    return sum(int(bits) * n for bits, n in counted.items()) / max(sum(counted.values()), 1)
+
+
+def narrowed(now: dict[str, int], before: dict[str, int]) -> bool:
+    """Whether accesses have become narrower: the widest, or on average."""
+    widest = [max(map(int, counted), default=0) for counted in (now, before)]
+    return widest[0] < widest[1] or mean_width(now) < mean_width(before)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-def test_kernels_stay_in_registers(target: str, kernels: Kernels) -> None:
+def test_kernels_stay_in_registers(kernels: Kernels) -> None:
     """No spills, no local memory."""
-    ours = [kernel for kernel in kernels if kernel["target"] == target]
-    assert ours
-    for kernel in ours:
+    assert {kernel["target"] for kernel in kernels} == set(TARGETS)
+    for kernel in kernels:
         assert 0 < kernel["registers"] <= 255, kernel
-    spilling = [kernel for kernel in ours if kernel["local"] or kernel["spills"]]
+    spilling = [kernel for kernel in kernels if kernel["local"] or kernel["spills"]]
     assert not spilling, "\n".join(map(str, spilling))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_is_compiled(target: str, kernels: Kernels) -> None:
-    """Forward and backward of each row op; on one target in every dtype."""
-    count = Counter(kernel["kernel"] for kernel in kernels if kernel["target"] == target)
+    """Each kernel on each target; each op on one."""
+    ours = [kernel for kernel in kernels if kernel["target"] == target]
     sources = [path.read_text() for path in (HERE.parent / "kernels").glob("*.py")]
-    assert count.keys() == {name for text in sources for name in KERNEL.findall(text)}
-    n_row_ops = sum(isinstance(each, op.RowOp) for each in op.REGISTRY.values())
-    assert count.total() >= 2 * n_row_ops + len(op.REGISTRY) - n_row_ops
+    written = {name for text in sources for name in KERNEL.findall(text)}
+    assert {kernel["kernel"] for kernel in ours} == written
     if target == "sm_90":
-        types = {t for kernel in kernels for t in kernel["types"] if kernel["target"] == target}
-        assert {"*fp32", "*fp16", "*bf16"} <= types
+        named = {kernel["variant"].partition(",")[0] for kernel in ours}
+        assert named == op.REGISTRY.keys()
+
+
+@pytest.mark.slow
+def test_contiguous_logits_are_read_and_written_128_bits_at_a_time(kernels: Kernels) -> None:
+    found = [
+        kernel
+        for kernel in kernels
+        if kernel["kernel"] == "class_kernel" and "bfloat16" not in kernel["variant"]
+    ]
+    assert {kernel["target"] for kernel in found} == set(TARGETS)
+    for kernel in found:
+        assert str(WIDE) in kernel["loads"], kernel
+        if kernel["pass"] == "backward":
+            assert set(kernel["stores"]) == {str(WIDE)}, kernel
+
+
+@pytest.mark.slow
+def test_nothing_is_worse_than_the_baseline(kernels: Kernels) -> None:
+    """No narrower loads or stores, no more registers than a few."""
+    baseline = json.loads((HERE / "aot.json").read_text())
+    if baseline["triton"] != triton.__version__:
+        pytest.skip(f"the baseline is of Triton {baseline['triton']}")
+    before = {key(kernel): kernel for kernel in baseline["rows"]}
+    now = {key(kernel): kernel for kernel in kernels}
+    again = "if that is meant, write the baseline anew: detloss bench --aot --quick --output tests"
+    assert now.keys() == before.keys(), again
+    worse = []
+    for name, kernel in now.items():
+        old = before[name]
+        if kernel["registers"] > old["registers"] + MORE_REGISTERS:
+            worse.append(f"{name}: {old['registers']} -> {kernel['registers']} registers")
+        for what in ("loads", "stores"):
+            if narrowed(kernel[what], old[what]):
+                worse.append(f"{name}: {what} {old[what]} -> {kernel[what]}")
+    assert not worse, "\n".join([*worse, again])
+
+
+def test_a_narrower_load_is_seen() -> None:
+    assert narrowed({"32": 4}, {"128": 1})
+    assert narrowed({"128": 1, "32": 4}, {"128": 2})
+    assert not narrowed({"128": 2, "32": 1}, {"128": 2, "32": 1})
+    assert not narrowed({}, {})
+
+
+def test_widths_are_read_from_the_disassembly() -> None:
+    sass = """
+        /*0090*/ @!P0 LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*00a0*/ LDG.E R9, [R2.64] ; LDGSTS.E.BYPASS.128 [R3], [R4.64] ; LDG.E.U16 R1, [R2] ;
+        /*00b0*/ STG.E.64 desc[UR4][R2.64], R4 ; STL [R1], R2 ; LDL R3, [R1] ;
+    """
+    assert aot._accesses_in_sass(sass) == ({128: 2, 32: 1, 16: 1}, {64: 1})
+    amdgcn = """
+        global_load_dwordx4 v[4:7], v[2:3], off
+        global_load_ushort v1, v[2:3], off
+        buffer_store_dwordx2 v[4:5], v2, s[0:3], 0 offen
+    """
+    assert aot._accesses_in_amdgcn(amdgcn) == ({128: 1, 16: 1}, {64: 1})

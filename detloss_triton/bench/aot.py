@@ -9,6 +9,7 @@ import functools
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,18 +105,56 @@ def usage(binary: Any) -> Usage:
     return _usage_of_amdgcn(binary.asm["amdgcn"])
 
 
+Widths = dict[int, int]
+
+# Of an instruction's suffixes, those that give its width in bits; without one it is 32.
+_SASS_WIDTHS = {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
+_AMDGCN_WIDTHS = {
+    **{"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32},
+    **{"b128": 128, "b96": 96, "b64": 64, "b32": 32},
+    **{"ushort": 16, "sshort": 16, "short": 16, "ubyte": 8, "sbyte": 8, "byte": 8},
+}
+
+
+def accesses(binary: Any) -> tuple[Widths, Widths]:
+    """({width in bits: instructions} of loads, the same of stores) to the GPU's memory."""
+    if binary.metadata.target.backend == "cuda":
+        return _accesses_in_sass(_disassembled(binary.asm["cubin"], "-sass"))
+    return _accesses_in_amdgcn(binary.asm["amdgcn"])
+
+
+def _accesses_in_sass(text: str) -> tuple[Widths, Widths]:
+    loads, stores = Counter[int](), Counter[int]()
+    for name, suffixes in re.findall(r"\b(LDG|LDGSTS|STG)((?:\.\w+)+)", text):
+        found = [_SASS_WIDTHS[s] for s in suffixes.split(".") if s in _SASS_WIDTHS]
+        (stores if name == "STG" else loads)[found[0] if found else 32] += 1
+    return dict(loads), dict(stores)
+
+
+def _accesses_in_amdgcn(text: str) -> tuple[Widths, Widths]:
+    loads, stores = Counter[int](), Counter[int]()
+    pattern = r"\b(?:global|buffer|flat)_(load|store)_([a-z0-9]+)"
+    for name, kind in re.findall(pattern, text):
+        (stores if name == "store" else loads)[_AMDGCN_WIDTHS[kind]] += 1
+    return dict(loads), dict(stores)
+
+
 @functools.lru_cache
 def _cuobjdump() -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def _usage_of_cubin(cubin: bytes) -> Usage:
+def _disassembled(cubin: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [_cuobjdump(), "-res-usage", file.name], check=True, capture_output=True, text=True
+        return subprocess.run(
+            [_cuobjdump(), option, file.name], check=True, capture_output=True, text=True
         ).stdout
+
+
+def _usage_of_cubin(cubin: bytes) -> Usage:
+    text = _disassembled(cubin, "-res-usage")
     found = dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text))
     # Spills live on the stack: what ptxas calls LOCAL is what a program declared itself.
     local = int(found["STACK"]) + int(found["LOCAL"])

@@ -1,0 +1,262 @@
+"""What every kernel needs of the GPUs we name, found without one, by compiling ahead of time.
+
+Needs Triton's compiler, so TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from tqdm import tqdm
+
+from detloss_triton import backend
+from detloss_triton.op import REGISTRY, Op, RowOp, Sample
+from detloss_triton.ops import assignment, distribution
+
+from . import aot
+from .batches import Draw
+from .measure import n_bytes
+from .report import aligned
+from .shapes import op_cases
+
+TARGETS = tuple(aot.TARGETS)
+# The target whose plan is complete, also when it is quick.
+MAIN = "sm_90"
+# Rows of the variants that have no named size, and the images among which they are divided.
+ROWS, IMAGES = 1600, 10
+# Rows of an image that nothing divides: no two can be read together.
+RAGGED_ROWS = 25 * IMAGES
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One call of an op: what its launches are called in the report, and their arguments."""
+
+    op: Op
+    label: str
+    sample: Sample
+    keep: int = 0
+
+    def launches(self) -> list[backend.Launch]:
+        """Recorded, not run: forward, and backward where the op has one."""
+        with backend.record_launches() as launches:
+            inputs = [None if x is None else x.detach() for x in self.sample.inputs]
+            if not isinstance(self.op, RowOp):
+                self.op(*inputs, **self.sample.params)  # type: ignore[operator]
+                return launches
+            for spec, x in zip(self.op.inputs, inputs, strict=True):
+                if spec.grad and x is not None:
+                    x.requires_grad_()
+            out = self.op(*inputs, weight=self.sample.weight, keep=self.keep, **self.sample.params)
+            out.sum().backward()
+        return launches
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    """Rows in two dimensions whose features are far apart, as in (N, C, H, W) memory."""
+    rows = x.unflatten(0, (IMAGES, -1))
+    if rows.dim() == 2:
+        return rows
+    return rows.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _samples(op: Op, rows: int = ROWS) -> list[Sample]:
+    return list(op.samples(rows, torch.Generator().manual_seed(0)))
+
+
+def _fullest(op: Op, rows: int = ROWS) -> Sample:
+    """The sample with the most inputs."""
+    return max(_samples(op, rows), key=lambda s: sum(x is not None for x in (*s.inputs, s.weight)))
+
+
+def _changed(sample: Sample, change: Any) -> Sample:
+    inputs = tuple(None if x is None else change(x) for x in sample.inputs)
+    weight = None if sample.weight is None else change(sample.weight)
+    return Sample(inputs, sample.params, weight)
+
+
+def named(batch: int | None = None) -> Iterator[Variant]:
+    """Every op at its named sizes, contiguous float32; the batch is the size's own or the given."""
+    for case in op_cases():
+        yield Variant(case.op, case.name, case.sample(Draw(0), batch or case.size.batch))
+
+
+def strided(rows: int = ROWS) -> Iterator[Variant]:
+    """Sums of rows as heads give them, (N, C, H, W), in bfloat16: the most registers."""
+    for op in REGISTRY.values():
+        if isinstance(op, RowOp):
+            sample = _changed(
+                _fullest(op, rows), lambda x: _channels_first(_cast(x, torch.bfloat16))
+            )
+            yield Variant(op, f"{op.name}, channels first, {rows // IMAGES} rows, bfloat16", sample)
+
+
+def each_row() -> Iterator[Variant]:
+    """Each row's loss, in float16."""
+    for op in REGISTRY.values():
+        sample = _changed(_fullest(op), lambda x: _cast(x, torch.float16))
+        yield Variant(op, f"{op.name}, each row, float16", sample, keep=isinstance(op, RowOp))
+
+
+def combinations() -> Iterator[Variant]:
+    """All samples in float32."""
+    for op in REGISTRY.values():
+        for i, sample in enumerate(_samples(op)):
+            yield Variant(op, f"{op.name}, sample {i}", sample)
+
+
+def limits() -> Iterator[Variant]:
+    """The widest rows that the launchers take, and large assignment problems.
+
+    Not the largest: 4,096 columns keep 48 bytes on the stack on sm_90, which is known and cheap.
+    """
+    bins = distribution.MAX_BINS
+    for name in ("two_bin", "distillation"):
+        op = REGISTRY[name]
+        assert isinstance(op, RowOp)
+        sample = _fullest(op)
+        wide = tuple(
+            torch.zeros(4, bins) if spec.features else x[:4]
+            for x, spec in zip(sample.inputs, op.inputs, strict=True)
+            if x is not None
+        )
+        assert sample.weight is not None
+        wide_sample = Sample(wide, sample.params, sample.weight[:4])
+        yield Variant(op, f"{name}, {bins} bins", wide_sample)
+    count = torch.zeros(1, dtype=torch.int64)
+    for columns in (1000, assignment._MAX_LONG // 2):
+        sample = Sample((torch.zeros(1, 8, columns), count, count))
+        yield Variant(
+            REGISTRY["optimal_assignment"], f"optimal_assignment, {columns} columns", sample
+        )
+
+
+def _one_per_kernel(variants: Iterator[Variant]) -> Iterator[Variant]:
+    seen: set[str] = set()
+    for variant in variants:
+        kernels = {launch.kernel.__name__ for launch in variant.launches()}
+        if not kernels <= seen:
+            seen |= kernels
+            yield variant
+
+
+def plan(target: str, quick: bool) -> Iterator[Variant]:
+    """What is compiled for a target. Quick: all named ops for one target; for the others one
+    contiguous op of each kernel, backward where there is one, and for the first strided ones."""
+    if not quick:
+        yield from named()
+        yield from strided()
+        yield from strided(RAGGED_ROWS)
+        if target == MAIN:
+            yield from each_row()
+            yield from combinations()
+            yield from limits()
+    elif target == MAIN:
+        yield from named(batch=1)
+    else:
+        yield from _one_per_kernel(named(batch=1))
+        if target == TARGETS[0]:
+            yield from _one_per_kernel(strided())
+
+
+def _bytes_per_element(launch: backend.Launch) -> float:
+    """Of the tensors that the launch reads or writes, per element of the largest."""
+    tensors = {x.data_ptr(): x for x in launch.arguments.values() if isinstance(x, Tensor)}
+    elements = max(x.numel() for x in tensors.values())
+    return sum(map(n_bytes, tensors.values())) / max(elements, 1)
+
+
+def jobs(targets: tuple[str, ...], quick: bool) -> Iterator[tuple[Row, backend.Launch]]:
+    """Each different specialisation of a target's plan once, and what its row begins with."""
+    for target in targets:
+        seen = set()
+        for variant in plan(target, quick):
+            for launch in variant.launches():
+                arguments = (launch.kernel, launch.arguments)
+                backward = launch.arguments.get("BACKWARD")
+                if quick and target != MAIN and backward is False:
+                    continue
+                source = aot.source(*arguments)
+                types = {k: v for k, v in source.signature.items() if v[0] == "*"}
+                options = aot.options(*arguments)
+                key = str((launch.kernel.__name__, aot.constants(*arguments), options, types))
+                key += str(sorted(source.attrs)) + str(sorted(source.constants))
+                if key in seen:
+                    continue
+                seen.add(key)
+                yield (
+                    {
+                        "target": target,
+                        "variant": variant.label,
+                        "pass": "backward" if backward else "forward",
+                        "kernel": launch.kernel.__name__,
+                        "types": sorted(set(types.values())),
+                        "programs": math.prod(launch.grid),
+                        "bytes_per_element": round(_bytes_per_element(launch), 2),
+                    },
+                    launch,
+                )
+
+
+_JOBS: list[tuple[Row, backend.Launch]] = []
+
+
+def _measured(i: int) -> Row:
+    row, launch = _JOBS[i]
+    binary = aot.compiled(launch.kernel, launch.arguments, aot.TARGETS[row["target"]])
+    loads, stores = aot.accesses(binary)
+    return row | asdict(aot.usage(binary)) | {"loads": loads, "stores": stores}
+
+
+def measure(targets: tuple[str, ...] = TARGETS, quick: bool = False) -> list[Row]:
+    """A row for each kernel specialisation and target."""
+    _JOBS[:] = jobs(targets, quick)
+    # Forked, so that the launches and their kernels need no pickling.
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        found = pool.imap(_measured, range(len(_JOBS)))
+        return list(tqdm(found, file=sys.stderr, desc="compile", total=len(_JOBS)))
+
+
+def write(rows: list[Row], path: Path) -> None:
+    """As JSON, one row a line: a baseline that is compared by eye as well."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    version = triton.__version__
+    path.write_text(f'{{"triton": "{version}", "rows": [\n{lines}\n]}}\n')
+
+
+def table(rows: list[Row]) -> str:
+    """One line for each kernel specialisation and target."""
+    head = ("target", "variant", "pass", "registers", "shared", "local", "spills", "loads")
+    lines: list[tuple[str, ...]] = [(*head, "stores", "programs", "bytes/element")]
+    for row in rows:
+        lines.append(
+            (
+                *(row["target"], row["variant"], row["pass"]),
+                *(str(row[key]) for key in ("registers", "shared", "local", "spills")),
+                *(widths(row[key]) for key in ("loads", "stores")),
+                *(str(row["programs"]), f"{row['bytes_per_element']:g}"),
+            )
+        )
+    return aligned(lines)
+
+
+def widths(counted: aot.Widths) -> str:
+    """As in `2x128 1x32`: instructions by their width in bits, widest first."""
+    pairs = sorted(((int(bits), n) for bits, n in counted.items()), reverse=True)
+    return " ".join(f"{n}x{bits}" for bits, n in pairs) or "-"
