@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .providers import Absent, Provider, Run, Task, Tree, first_line
-from .shapes import OpCase
+from .shapes import CriterionCase, OpCase
 
 Adapter = Callable[[Any, Task], Run]
 
@@ -37,18 +37,18 @@ class Peer:
         # A library built for another torch raises anything while it is imported.
         except Exception as error:
             raise Absent(f"does not import here ({first_line(error)})") from None
-        return self.adapters[subject(task)](module, task)
+        return self.adapters[subject(task.case)](module, task)
 
 
-def subject(task: Task) -> str:
+def subject(case: OpCase | CriterionCase) -> str:
     """What adapters are listed by: the name of an op or of a criterion's builder."""
-    if isinstance(task.case, OpCase):
-        return str(task.case.op.name)
-    return "matcher" if task.case.matcher else task.case.builder
+    if isinstance(case, OpCase):
+        return str(case.op.name)
+    return "matcher" if case.matcher else case.builder
 
 
-def peers_of(task: Task) -> list[Provider]:
-    return [Provider(peer.name, peer.make) for peer in PEERS if subject(task) in peer.adapters]
+def peers_of(case: OpCase | CriterionCase) -> list[Provider]:
+    return [Provider(peer.name, peer.make) for peer in PEERS if subject(case) in peer.adapters]
 
 
 def _one_hot(logits: Tensor, label: Tensor, score: Tensor | None) -> Tensor:

@@ -34,6 +34,10 @@ class Absent(Exception):
     """Why a provider cannot compute a task here; shown in every report."""
 
 
+class Wrong(Exception):
+    """Why a provider is not timed: what it computes is something else."""
+
+
 @dataclass(frozen=True)
 class Task:
     """One thing to compute on one device: `compute(pack(inputs))`, as tensors to be summed.

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from . import machine
-from .measure import Budget, Clock, Spread, alternate, clock_of, copy_bandwidth, counted_bytes
+from .measure import Budget, Clock, Step, alternate, clock_of, copy_bandwidth, counted_bytes
 from .peers import peers_of
 from .providers import (
     COMPILED,
@@ -22,6 +23,7 @@ from .providers import (
     Provider,
     Run,
     Task,
+    Wrong,
     criterion_task,
     error_of,
     first_line,
@@ -64,11 +66,12 @@ def names() -> list[str]:
     return sorted({name.partition(",")[0] for name in cases})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """One thing to time: a task, the same in float64 on the CPU, and what its rows say of it."""
 
     label: str
+    case: OpCase | CriterionCase
     task: Callable[[], Task]
     double: Callable[[], Task]
     about: Row
@@ -85,6 +88,7 @@ def op_job(case: OpCase, settings: Settings) -> Job:
     about = {"kind": "op", "name": case.name, "size": asdict(case.size) | {"batch": batch}}
     return Job(
         case.name,
+        case,
         lambda: op_task(case, batch, settings.device),
         lambda: op_task(case, batch, CPU, torch.float64),
         about,
@@ -98,6 +102,7 @@ def criterion_job(case: CriterionCase, settings: Settings) -> Job:
     about = {"kind": "criterion", "name": case.name, "size": asdict(case.size) | {"batch": batch}}
     return Job(
         case.name,
+        case,
         lambda: criterion_task(case, settings.device, images=batch),
         lambda: criterion_task(case, CPU, torch.float64, images=batch),
         about,
@@ -119,6 +124,7 @@ def sweep_jobs(settings: Settings) -> Iterator[Job]:
                 about = {"kind": "sweep", "name": name, "axis": sweep.axis, "value": value}
                 yield Job(
                     f"{name}, {value} {sweep.axis}",
+                    case,
                     lambda case=case, changes=changes: criterion_task(  # type: ignore[misc]
                         case, settings.device, **changes
                     ),
@@ -145,70 +151,90 @@ def jobs(settings: Settings) -> list[Job]:
 Ready = dict[str, tuple[Provider, Run, float]]
 
 
-def checked(task: Task, double: Task, compiled: bool) -> tuple[Ready, list[Row]]:
-    """({provider's name: (provider, run, error)}, rows of those that are not timed, and why)."""
-    true = truth(double)
+def checked(provider: Provider, task: Task, true: Sequence[Tensor]) -> tuple[Run, float]:
+    """How the provider computes the task, and its error, which is within what is allowed.
+
+    Raises:
+        Absent: where it cannot compute the task; it says why.
+        Wrong: where it computes something else.
+    """
+    try:
+        run = provider.make(task)
+        error = error_of(provider, run, task, true)
+    except Absent:
+        raise
+    except Exception as failure:
+        raise Wrong(f"fails: {first_line(failure)}") from failure
+    if not error <= task.tolerance:
+        raise Wrong(f"wrong: error {error:.1e}, allowed {task.tolerance:.0e}")
+    return run, error
+
+
+def _those_to_time(task: Task, true: Sequence[Tensor], compiled: bool) -> tuple[Ready, list[Row]]:
+    """(those whose numbers agree, rows of the others with the reason)."""
     ready: Ready = {}
     refused: list[Row] = []
-    for provider in (*OURS, *peers_of(task)):
+    for provider in (*OURS, *peers_of(task.case)):
         try:
             if provider.name == COMPILED and not compiled:
                 raise Absent("left out of quick runs and of sweeps")
-            run = provider.make(task)
-            error = error_of(provider, run, task, true)
-        except Absent as absent:
-            refused.append({"provider": provider.name, "absent": str(absent)})
-        except Exception as failure:
-            refused.append({"provider": provider.name, "absent": f"fails: {first_line(failure)}"})
-        else:
-            if error <= task.tolerance:
-                ready[provider.name] = (provider, run, error)
-            else:
-                reason = f"wrong: error {error:.1e}, allowed {task.tolerance:.0e}"
-                refused.append({"provider": provider.name, "absent": reason, "error": error})
+            ready[provider.name] = (provider, *checked(provider, task, true))
+        except (Absent, Wrong) as reason:
+            refused.append({"provider": provider.name, "absent": str(reason)})
     return ready, refused
 
 
-def bytes_of(task: Task, provider: Provider, run: Run, backward: bool) -> int:
-    inputs = task.tensors()
-    leaves = [x for x in inputs if x.requires_grad]
-    outputs = results(provider, run, task)
-    return counted_bytes(inputs, outputs[: len(outputs) - len(leaves)], leaves, backward)
+def trees_of(task: Task, clock: Clock) -> list[Any]:
+    """The sets of inputs that a step takes in turn."""
+    return task.copies(clock.copies(sum(x.nbytes for x in task.tensors())))
+
+
+def details(
+    task: Task, provider: Provider, run: Run, one: Step, clock: Clock, backward: bool
+) -> Row:
+    """What a step moves, holds, launches and waits for.
+
+    No bytes for criteria: what they read depends on what is matched.
+    """
+    row: Row = {
+        "peak_mib": clock.peak_mib(one),
+        "launches": clock.launches(one),
+        "host_reads": clock.reads(one),
+    }
+    if task.kind == "op":
+        inputs = task.tensors()
+        leaves = [x for x in inputs if x.requires_grad]
+        outputs = results(provider, run, task)[: -len(leaves) or None]
+        row["bytes"] = counted_bytes(inputs, outputs, leaves, backward)
+    return row
+
+
+def speed(row: Row, median: float, bandwidth: float) -> Row:
+    """GB/s, and the fraction of a copy's, where bytes were counted."""
+    if "bytes" not in row:
+        return {}
+    rate = row["bytes"] / median / 1e6
+    return {"gb_per_s": rate, "of_copy_bandwidth": rate / bandwidth}
 
 
 def measure(job: Job, clock: Clock, settings: Settings, bandwidth: float) -> list[Row]:
     """A row for each pass and provider."""
     task = job.task()
-    ready, refused = checked(task, job.double(), job.compiled)
+    ready, refused = _those_to_time(task, truth(job.double()), job.compiled)
     rows: list[Row] = [job.about | row for row in refused]
-    if not ready:
-        return rows
-    counted = sum(x.nbytes for x in task.tensors())
-    trees = task.copies(clock.copies(counted))
-    for name in job.passes:
+    trees = trees_of(task, clock)
+    for name in job.passes if ready else ():
         backward = name == PASSES[1]
         steps = {key: step(p, run, trees, backward) for key, (p, run, _) in ready.items()}
         spreads = alternate(steps, clock, settings.budget)
         for key, (provider, run, error) in ready.items():
             row = job.about | {"provider": key, "pass": name, "error": error}
             row |= {"ms": asdict(spreads[key])}
-            if task.kind == "op":
-                # Not of criteria: what they read depends on what is matched.
-                moved = bytes_of(task, provider, run, backward)
-                row |= speed(moved, spreads[key], bandwidth)
             if job.counts:
-                row |= {
-                    "peak_mib": clock.peak_mib(steps[key]),
-                    "launches": clock.launches(steps[key]),
-                    "host_reads": clock.reads(steps[key]),
-                }
+                row |= details(task, provider, run, steps[key], clock, backward)
+                row |= speed(row, spreads[key].median, bandwidth)
             rows.append(row)
     return rows
-
-
-def speed(moved: int, spread: Spread, bandwidth: float) -> Row:
-    rate = moved / spread.median / 1e6
-    return {"bytes": moved, "gb_per_s": rate, "of_copy_bandwidth": rate / bandwidth}
 
 
 def run(settings: Settings) -> dict[str, Any]:
