@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -175,8 +176,10 @@ COMPILED = "torch compiled"
 
 
 def first_line(error: BaseException) -> str:
+    """An error in one line, fit to be published: file names without their folders."""
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:_MESSAGE]
+    text = re.sub(r"(/[^\s/:]+)+/", "", lines[0])
+    return f"{type(error).__name__}: {text}"[:_MESSAGE]
 
 
 def total(out: Any) -> Tensor:
