@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +28,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="fuzz for N minutes with random seeds, instead of a fixed set of examples",
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patched_once() -> Iterator[None]:
+    """Have Triton's interpreter patch the language it interprets once, and for good.
+
+    It does so for each launch and again for each device function that a kernel calls, which takes
+    a third of its time.
+    """
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("TRITON_INTERPRET") == "1" and hasattr(interpreter, "_LangPatchScope"):
+            patch_language = interpreter._patch_lang
+            patched: set[str] = set()
+
+            def once(function: Any) -> Any:
+                if function.__module__ not in patched:
+                    patched.add(function.__module__)
+                    patch_language(function)
+                return interpreter._LangPatchScope()  # with nothing to restore
+
+            patch.setattr(interpreter, "_patch_lang", once)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,56 +1,111 @@
-"""Run by test_distributed.py under torchrun: gradients of a sharded batch against the whole one."""
+"""Run by test_distributed.py under torchrun: gradients of a sharded batch against the whole one.
+
+Each argument holds the box counts of a batch's images, one batch after another. The criteria are
+those whose normalisers are means over ranks.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from builders import BUILDERS
 from test_detr import Inputs, criterion_of
-from torch import nn
+from torch import Tensor, nn
+from trees import mapped
 
 from detloss_triton import sum_losses
 
+Arguments = dict[str, Any]
+# The criterion, the inputs of a slice of the batch, and what of them a head predicts.
+Problem = tuple[nn.Module, Callable[[slice], Arguments], tuple[str, ...]]
+
 
 class Head(nn.Module):
-    """Outputs of a criterion, scaled by a parameter whose gradient DDP averages."""
+    """Predictions, scaled by a parameter whose gradient DDP averages."""
 
-    def __init__(self) -> None:
+    def __init__(self, predicted: tuple[str, ...]) -> None:
         super().__init__()
+        self.predicted = predicted
         self.scale = nn.Parameter(torch.ones(1))
 
-    def forward(self, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def forward(self, inputs: Arguments) -> Arguments:
+        def scaled(path: str, x: Tensor) -> Tensor:
+            return x * self.scale if any(name in path for name in self.predicted) else x
+
+        return mapped(scaled, inputs)
+
+
+def detr(counts: list[int]) -> Problem:
+    batch = Inputs(counts, torch.device("cpu"), torch.float32)
+    outputs = mapped(lambda _, x: x.detach(), batch.detr("aux"))
+
+    def part(images: slice) -> Arguments:
         return {
-            "pred_logits": outputs["pred_logits"] * self.scale,
-            **{"pred_boxes": outputs["pred_boxes"] * self.scale},
+            "outputs": mapped(lambda _, x: x[images], outputs),
+            "targets": batch.targets[images],
         }
+
+    return criterion_of("detr"), part, ("pred_",)
+
+
+def dense(name: str, counts: list[int]) -> Problem:
+    """Images that are to have no boxes have none; the others a share of positives."""
+    batch = BUILDERS[name](images=len(counts), positives=0.3)
+    for labels in batch.inputs["labels"]:
+        labels[torch.tensor(counts) == 0] = 5
+    for metrics, labels in zip(
+        batch.inputs.get("assign_metrics", ()), batch.inputs["labels"], strict=False
+    ):
+        metrics *= labels < 5
+
+    def part(images: slice) -> Arguments:
+        inputs = {k: v for k, v in batch.inputs.items() if k not in ("stride", "avg_factor")}
+        inputs = mapped(lambda _, x: x[images], inputs)
+        if "stride" in batch.inputs:
+            inputs["stride"] = batch.inputs["stride"]
+        if "avg_factor" in batch.inputs:
+            # A head gives the mean over ranks of its positives: each has as many images.
+            share = len(range(*images.indices(len(counts)))) / len(counts)
+            inputs["avg_factor"] = batch.inputs["avg_factor"] * share
+        return inputs
+
+    return batch.make(), part, batch.differentiable
+
+
+def check(criterion: nn.Module, part: Callable[[slice], Arguments], predicted: Any, n: int) -> None:
+    alone = Head(predicted)
+    sum_losses(criterion(**alone(part(slice(None))))).backward()
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    head = nn.parallel.DistributedDataParallel(Head(predicted))
+    inputs = head(part(slice(rank * n // world, (rank + 1) * n // world)))
+    collectives = []
+    reduce = dist.all_reduce
+    dist.all_reduce = lambda *args, **kwargs: (collectives.append(1), reduce(*args, **kwargs))[1]
+    losses = criterion(**inputs)
+    dist.all_reduce = reduce
+    assert len(collectives) == 1, f"{len(collectives)} collectives in a step"
+    sum_losses(losses).backward()
+    ours, expected = head.module.scale.grad, alone.scale.grad
+    assert expected.any()
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    counts = [int(n) for n in sys.argv[1].split(",")]
-    inputs = Inputs(counts, torch.device("cpu"), torch.float32)
-    whole = {key: value.detach() for key, value in inputs.detr().items()}
-    criterion, alone = criterion_of("detr"), Head()
-    sum_losses(criterion(alone(whole), inputs.targets)).backward()
-
     dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
-    share = slice(rank * len(counts) // world, (rank + 1) * len(counts) // world)
-    head = nn.parallel.DistributedDataParallel(Head())
-    collectives = []
-    reduce = dist.all_reduce
-    dist.all_reduce = lambda *args, **kwargs: (collectives.append(1), reduce(*args, **kwargs))[1]
-    losses = criterion(head({k: v[share] for k, v in whole.items()}), inputs.targets[share])
-    assert len(collectives) == 1, f"{len(collectives)} collectives in a step"
-    sum_losses(losses).backward()
-    ours, expected = head.module.scale.grad, alone.scale.grad
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    for argument in sys.argv[1:]:
+        counts = [int(n) for n in argument.split(",")]
+        for problem in (detr(counts), dense("atss", counts), dense("rtmdet", counts)):
+            check(*problem, len(counts))
     # DDP holds the group too; were it the last to let go, it would join gloo's threads while it
-    # keeps them from the interpreter's lock, and never return.
-    del head, losses
+    # keeps them from the interpreter's lock, and never return: `check` has dropped it by now.
+    print(f"rank {dist.get_rank()} agrees", flush=True)
     dist.destroy_process_group()
-    print(f"rank {rank} agrees")
 
 
 main()

@@ -66,7 +66,9 @@ def test_kernels_stay_in_registers(kernels: Kernels) -> None:
     """No spills, no local memory."""
     assert {kernel["target"] for kernel in kernels} == set(TARGETS)
     for kernel in kernels:
-        assert 0 < kernel["registers"] <= 255, kernel
+        # Of the assignment, whose latency is hidden by other programs only, several must fit.
+        most = 128 if kernel["kernel"] == "assignment_kernel" else 255
+        assert 0 < kernel["registers"] <= most, kernel
     spilling = [kernel for kernel in kernels if kernel["local"] or kernel["spills"]]
     assert not spilling, "\n".join(map(str, spilling))
 

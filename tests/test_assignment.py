@@ -1,19 +1,9 @@
-"""Linear sum assignment against scipy: random, degenerate and ragged problems, both backends.
-
-Run as a program it compiles the kernel ahead of time, for which the interpreter must be off.
-"""
+"""Linear sum assignment against scipy: random, degenerate and ragged problems, both backends."""
 
 from __future__ import annotations
 
-import inspect
 import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,9 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from detloss_triton import use_backend
 from detloss_triton.backend import record_launches
 from detloss_triton.ops.assignment import LIMIT, linear_sum_assignment, optimal_assignment
-
-# cuda 90 is an H100 or H200; registers of a thread beyond what a target has are spilled to memory.
-TARGETS = [("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)]
 
 Matrix = npt.NDArray[np.float64]
 
@@ -337,78 +324,3 @@ def test_one_compile_per_column_bucket() -> None:
             assert launch.arguments["BC"] == block
             variants.add(variant(launch.arguments))
         assert len(variants) == 1
-
-
-def compiled_ahead() -> list[dict[str, Any]]:
-    """Registers and spills of the kernel at 512 and 1,024 columns on every target."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    types = {torch.float32: "*fp32", torch.int64: "*i64"}
-    rows = []
-    for columns in (512, 1024):
-        counts = torch.full((1,), 20)
-        with record_launches() as launches:
-            optimal_assignment(torch.empty(1, 20, columns), counts, counts)
-        kernel, arguments = launches[0].kernel, dict(launches[0].arguments)
-        options = {"num_warps": arguments.pop("num_warps")}
-        constants = {name: value for name, value in arguments.items() if name.isupper()}
-        signature = {
-            name: "constexpr" if name in constants
-            else types[value.dtype] if isinstance(value, Tensor) else "i32"
-            for name, value in arguments.items()
-        }  # fmt: skip
-        specialised = [
-            p.name for p in kernel.params if not p.is_constexpr and not p.do_not_specialize
-        ]
-        for target in TARGETS:
-            built = triton.compile(
-                ASTSource(kernel, signature, constants), target=GPUTarget(*target), options=options
-            )
-            usage = nvidia_usage(built.asm["cubin"]) if target[0] == "cuda" else amd_usage(
-                built.asm["amdgcn"]
-            )  # fmt: skip
-            rows.append(
-                {"columns": columns, "target": target[1], "specialised": specialised, **usage}
-            )
-    return rows
-
-
-def nvidia_usage(cubin: bytes) -> dict[str, int]:
-    import triton
-
-    tool = Path(inspect.getfile(triton)).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        text = subprocess.check_output([tool, "-res-usage", path], text=True)
-    found = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"]}
-
-
-def amd_usage(assembly: str) -> dict[str, int]:
-    found = {name: int(n) for name, n in re.findall(r"\.([a-z_]+):\s+(\d+)", assembly)}
-    spilled = found["vgpr_spill_count"] + found["sgpr_spill_count"]
-    return {
-        "registers": found["vgpr_count"],
-        "spilled": spilled + found["private_segment_fixed_size"],
-    }
-
-
-def test_compiles_for_every_target_without_spills(tmp_path: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    text = subprocess.check_output(
-        [sys.executable, __file__], env=environment, text=True, timeout=240
-    )
-    rows = json.loads(text)
-    assert len(rows) == 2 * len(TARGETS)
-    for row in rows:
-        assert 0 < row["registers"] <= 128, row
-        assert row["spilled"] == 0, row
-        assert not row["specialised"], row
-
-
-if __name__ == "__main__":
-    print(json.dumps(compiled_ahead()))

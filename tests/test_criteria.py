@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from synchronisation import NoHostReads
 from torch import Tensor, nn
-from trees import Unchanged, leaves, mapped
+from trees import Unchanged, leaves, mapped, mixed
 
 import detloss_triton as dt
 from detloss_triton.bench.batches import DENSE as BUILDERS
@@ -28,12 +28,6 @@ HALVES = (torch.float16, torch.bfloat16)
 def made(batch: Batch, device: torch.device, **kwargs: Any) -> nn.Module:
     """The batch's criterion on the device."""
     return batch.criterion(device, **kwargs)
-
-
-def mixed(losses: dict[str, Any]) -> Tensor:
-    """A sum of all losses with factors of their own."""
-    terms = [value for _, value in leaves(losses)]
-    return torch.stack([(i + 1) * term.sum() for i, term in enumerate(terms)]).sum()
 
 
 def step(batch: Batch, device: torch.device, **kwargs: Any) -> tuple[dict[str, Tensor], Any]:
@@ -700,7 +694,7 @@ LARGE_MATCH = """
 import resource, torch
 from detloss_triton import BoxMatcher, Vec2Box
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 size, images, targets = 640, 8, 1000
 anchors = Vec2Box(None, (size, size), [8, 16, 32]).anchor_grid
 low = torch.rand(images, targets, 2) * 500

@@ -237,7 +237,7 @@ def test_train_sums_each_term_over_the_layers(criterion: str, tmp_path: Path) ->
 
 # Steps, and the share of the loss that may be left: a transformer needs longer, and the better its
 # boxes, the more its classification and distribution losses count.
-SHORT_TRAININGS = {"detr": (200, 0.8), "dfine": (200, 0.9), "yolov9": (100, 0.5)}
+SHORT_TRAININGS = {"detr": (100, 0.8), "dfine": (140, 0.9), "yolov9": (100, 0.5)}
 
 
 @pytest.mark.slow

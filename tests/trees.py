@@ -1,13 +1,20 @@
-"""Proof that nothing writes to what it was given."""
+"""Trees of tensors in tests: their sum, and proof that nothing writes to what it was given."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from detloss_triton.bench.trees import leaves as leaves
 from detloss_triton.bench.trees import mapped as mapped
+
+
+def mixed(losses: Any) -> Tensor:
+    """A sum of all losses with factors of their own."""
+    terms = [value for _, value in leaves(losses)]
+    return torch.stack([(i + 1) * term.sum() for i, term in enumerate(terms)]).sum()
 
 
 class Unchanged:

@@ -37,6 +37,7 @@ MAIN = "sm_90"
 ROWS, IMAGES = 1600, 10
 # Rows of an image that nothing divides: no two can be read together.
 RAGGED_ROWS = 25 * IMAGES
+MANY_QUERIES = "optimal_assignment, 300 x 600"
 Row = dict[str, Any]
 
 
@@ -158,7 +159,8 @@ def _one_per_kernel(variants: Iterator[Variant]) -> Iterator[Variant]:
 
 def plan(target: str, quick: bool) -> Iterator[Variant]:
     """What is compiled for a target. Quick: all named ops for one target; for the others one
-    contiguous op of each kernel, backward where there is one, and for the first strided ones."""
+    contiguous op of each kernel, backward where there is one, assignment to many queries, and for
+    the first target strided ones."""
     if not quick:
         yield from named()
         yield from strided()
@@ -171,6 +173,7 @@ def plan(target: str, quick: bool) -> Iterator[Variant]:
         yield from named(batch=1)
     else:
         yield from _one_per_kernel(named(batch=1))
+        yield next(v for v in named(batch=1) if v.label == MANY_QUERIES)
         if target == TARGETS[0]:
             yield from _one_per_kernel(strided())
 

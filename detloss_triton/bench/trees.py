@@ -26,5 +26,5 @@ def mapped(change: Callable[[str, Tensor], Tensor], tree: Any, path: str = "") -
         return {k: mapped(change, v, f"{path}.{k}" if path else str(k)) for k, v in tree.items()}
     if isinstance(tree, (list, tuple)):
         items = [mapped(change, v, f"{path}.{i}" if path else str(i)) for i, v in enumerate(tree)]
-        return type(tree)(items)
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     return tree
