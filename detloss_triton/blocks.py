@@ -91,9 +91,12 @@ def slices(n: int, width: int, device: torch.device) -> Iterator[slice]:
     """Slices of n rows, with temporaries of `width` elements each, that stay in cache; one where
     cutting is no gain.
     """
-    whole = torch.compiler.is_compiling() or not backend.is_cached_by_cpu(device)
-    step = n if whole else max(ELEMENTS // max(width * TEMPORARIES, 1), 1)
-    for start in range(0, n, max(step, 1)):
+    if torch.compiler.is_compiling() or not backend.is_cached_by_cpu(device):
+        # Without a loop over n, which would make it a constant of the compiled graph.
+        yield slice(None)
+        return
+    step = max(ELEMENTS // max(width * TEMPORARIES, 1), 1)
+    for start in range(0, n, step):
         yield slice(start, min(start + step, n))
 
 

@@ -56,6 +56,8 @@ class CrossEntropyLoss(Loss):
         avg_non_ignore: without avg_factor, a mean is over what is not ignored.
     """
 
+    _class_weight: Tensor | None
+
     def __init__(
         self,
         use_sigmoid: bool = False,
@@ -71,6 +73,9 @@ class CrossEntropyLoss(Loss):
         self.use_sigmoid = use_sigmoid
         self.use_mask = use_mask
         self.class_weight = class_weight
+        # Moves with the module, so that no step copies it to the device; not in the state dict.
+        weights = None if class_weight is None else torch.as_tensor(class_weight).float()
+        self.register_buffer("_class_weight", weights, persistent=False)
         self.avg_non_ignore = avg_non_ignore
 
     def forward(
@@ -98,8 +103,8 @@ class CrossEntropyLoss(Loss):
             )
         kept = (label != ignore_index) & (label >= 0)
         if self.class_weight is not None:
-            by_class = cls_score.new_tensor(self.class_weight)
-            of_label = by_class[label.clamp(0, len(self.class_weight) - 1)]
+            by_class = self._weights_for(cls_score)
+            of_label = by_class[label.clamp(0, len(by_class) - 1)]
             weight = of_label if weight is None else weight * of_label
         if avg_factor is None and self.avg_non_ignore and not self._keeps_all(reduction_override):
             avg_factor = kept.sum()
@@ -110,6 +115,10 @@ class CrossEntropyLoss(Loss):
             avg_factor=avg_factor,
             override=reduction_override,
         )
+
+    def _weights_for(self, scores: Tensor) -> Tensor:
+        assert self._class_weight is not None
+        return self._class_weight.to(scores.device)
 
     def _keeps_all(self, override: str | None) -> bool:
         return (override or self.reduction) != "mean"
@@ -158,7 +167,7 @@ class CrossEntropyLoss(Loss):
         loss = self._reduced(op, x, None, target, None, weight=weight, **rest)
         if self.class_weight is not None:
             # pos_weight multiplies the positive part t softplus(-x) = t BCE(x, 1) only.
-            extra = score.new_tensor(self.class_weight, dtype=torch.float32) - 1
+            extra = self._weights_for(score) - 1
             loss = loss + self._reduced(
                 op, x, None, torch.ones_like(target), None, weight=weight * target * extra, **rest
             )

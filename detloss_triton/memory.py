@@ -38,8 +38,8 @@ def zeros_like(x: Tensor) -> Tensor:
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:
     """`torch.stack` along a new first dimension."""
-    alike = len({(x.dtype, x.shape) for x in tensors}) == 1
-    if not alike or not _by_hand(tensors[0].device):
+    first, *others = tensors
+    if not _by_hand(first.device) or any(x.dtype != first.dtype for x in others):
         return torch.stack(list(tensors))
     out: Tensor = _Stack.apply(*tensors)
     return out

@@ -147,9 +147,10 @@ class RowOp(Op):
         chosen = self._backend(differentiable[0], [x.dtype for x in differentiable], inputs)
         if chosen == "torch" and not blocks.pays(call, inputs):
             return call.whole(weight, *inputs)
-        if not torch.is_grad_enabled():
-            # `needs_input_grad` would still ask for gradients.
-            inputs = tuple(None if x is None else x.detach() for x in inputs)
+        if not (torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)):
+            # Cheaper; and where nothing requires a gradient Dynamo misreads a Function's arguments.
+            out, _ = _MODULES[chosen].forward(call, weight, inputs, [False] * len(inputs))
+            return out
         return _Rows.apply(call, chosen, weight, *inputs)
 
     def _check(
@@ -260,6 +261,9 @@ class Call:
         return (*self.rows[: self.keep], *([self.op.values] if self.op.values else []))
 
 
+_MODULES: dict[str, Any] = {"triton": launch, "torch": blocks}
+
+
 class _Rows(torch.autograd.Function):
     """Saves the inputs, and gradients that a CPU finds on the way; a second backward has none."""
 
@@ -267,11 +271,10 @@ class _Rows(torch.autograd.Function):
     def forward(
         ctx: Any, call: Call, chosen: str, weight: Tensor | None, *inputs: Tensor | None
     ) -> Tensor:
-        ctx.call, ctx.chosen, ctx.ready = call, chosen, None
+        ctx.call, ctx.chosen = call, chosen
         ctx.save_for_backward(weight, *inputs)
-        if chosen == "triton":
-            return launch.forward(call, weight, inputs)
-        out, ctx.ready = blocks.forward(call, weight, inputs, ctx.needs_input_grad[3:])
+        wanted = ctx.needs_input_grad[3:]
+        out, ctx.ready = _MODULES[chosen].forward(call, weight, inputs, wanted)
         return out
 
     @staticmethod
@@ -279,11 +282,10 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
-        if ctx.chosen == "triton":
-            gradients = launch.backward(ctx.call, weight, tuple(inputs), dout, wanted)
-        else:
-            ready, ctx.ready = ctx.ready, None
-            gradients = blocks.backward(ctx.call, weight, tuple(inputs), dout, wanted, ready)
+        ready, ctx.ready = ctx.ready, None
+        gradients = _MODULES[ctx.chosen].backward(
+            ctx.call, weight, tuple(inputs), dout, wanted, ready
+        )
         return None, None, None, *gradients
 
 

@@ -22,15 +22,16 @@ import torch
 if "device" not in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
-from builders import BUILDERS, STRIDES
 from guarded import GuardedMemory, guarded
-from test_criteria import made, mixed
+from test_criteria import made
 from test_detr import EXTRAS, Inputs, criterion_of
 from torch import Tensor
-from trees import leaves, mapped
+from trees import leaves, mapped, mixed
 
 import detloss_triton as dt
 from detloss_triton import backend, op, ops  # noqa: F401  (ops fills the registry)
+from detloss_triton.bench.batches import DENSE as BUILDERS
+from detloss_triton.bench.batches import STRIDES
 from detloss_triton.op import REGISTRY, Op, RowOp
 
 ROWS = 37

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from builders import BUILDERS
 from test_detr import Inputs, criterion_of
 from torch import Tensor, nn
 from trees import mapped
 
 from detloss_triton import sum_losses
+from detloss_triton.bench.batches import DENSE as BUILDERS
 
 Arguments = dict[str, Any]
 # The criterion, the inputs of a slice of the batch, and what of them a head predicts.

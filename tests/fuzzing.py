@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from builders import BUILDERS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_criteria import made
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from trees import leaves, mapped
 
 import detloss_triton as dt
+from detloss_triton.bench.batches import DENSE as BUILDERS
 
 SET_CRITERIA = ("detr", "dfine")
 NAMES = (*BUILDERS, *SET_CRITERIA)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from detloss_triton.bench.measure import READS
 
@@ -35,3 +37,52 @@ class NoHostReads(TorchDispatchMode):
         if self.device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
         super().__exit__(*exception)
+
+
+class Transfers(TorchDispatchMode):
+    """Counts copies between host and device, with tensors on `meta` in the place of a device's.
+
+    What reads a meta tensor (`.item()`, `.cpu()`, `nonzero`, a mask as index) raises by itself;
+    what brings tensors or numbers from the host passes through here. The solver on the host, one
+    copy each way, is an operator that `meta` knows by its shapes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_device = 0
+        self.by_solver = 0
+        self.literals = _Literals(self)
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = function(*args, **(kwargs or {}))
+        self.by_solver += function is torch.ops.detloss_triton.linear_sum_assignment.default
+        if isinstance(out, torch.Tensor) and out.is_meta:
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            self.to_device += any(not x.is_meta for x in tensors)
+        return out
+
+    def __enter__(self) -> Any:
+        self.literals.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self.literals.__exit__(*exception)
+
+
+class _Literals(TorchFunctionMode):
+    """Counts tensors made of Python numbers, which `meta`, having no data, does not copy."""
+
+    def __init__(self, transfers: Transfers) -> None:
+        super().__init__()
+        self.transfers = transfers
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if function in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor) and out.is_meta:
+            self.transfers.to_device += not isinstance(args[-1], torch.Tensor)
+        return out

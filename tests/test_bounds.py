@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from builders import BUILDERS
 from test_criteria import made, mixed
 from test_detr import EXTRAS, Inputs, criterion_of
 from test_ops import REGISTRY, ROW_OPS, changed, over, samples
@@ -22,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trees import mapped
 
 from detloss_triton import Targets, blocks, launch, sum_losses
+from detloss_triton.bench.batches import DENSE as BUILDERS
 from detloss_triton.op import Call, Op, RowOp
 
 TESTS = Path(__file__).parent

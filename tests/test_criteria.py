@@ -74,21 +74,6 @@ def test_the_detector_of_synchronisations_works(device: torch.device) -> None:
 
 
 @over_criteria
-@pytest.mark.parametrize("positives", [0.1, 0.0])
-def test_nothing_waits_for_the_device(
-    name: str, positives: float, backend: str, device: torch.device
-) -> None:
-    batch = BUILDERS[name](positives=positives).on(device)
-    if "avg_factor" in batch.inputs:
-        batch.inputs["avg_factor"] = torch.tensor(batch.inputs["avg_factor"], device=device)
-    criterion = made(batch, device)
-    if device.type == "cuda":  # compiling a kernel may wait, once
-        mixed(criterion(**batch.inputs)).backward()
-    with NoHostReads(device):
-        mixed(criterion(**batch.inputs)).backward()
-
-
-@over_criteria
 def test_inputs_are_left_alone(name: str, backend: str, device: torch.device) -> None:
     batch = BUILDERS[name]().on(device)
     with Unchanged(batch.inputs):

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from builders import BUILDERS
 from synchronisation import NoHostReads
 from test_criteria import made
 from test_detr import CLASSES, EXTRAS, QUERIES, Inputs, criterion_of
@@ -19,6 +18,7 @@ from trees import leaves
 
 import detloss_triton as dt
 from detloss_triton import validation
+from detloss_triton.bench.batches import DENSE as BUILDERS
 
 # Drawn at random, positive 16 of these has its bottom edge 0.8 pixels above its top.
 CROSSED_BY_CHANCE = ("yolox-default", "yolox-no_l1", "yolox-one_class")

@@ -70,7 +70,7 @@ class DetrCriterion(SetCriterion):
         layers = stack_layers(main)
         if enabled():
             self._check_values(main, denoising, packed, dn_meta, num_boxes)
-        norm = count_boxes(packed, num_boxes).to(outputs["pred_logits"].device)
+        norm = count_boxes(packed, num_boxes, outputs["pred_logits"].device)
         own = self.matcher.match(layers.logits, layers.boxes, packed)
         losses = self._losses(layers, matched_targets(own, packed), norm)
         if denoising:

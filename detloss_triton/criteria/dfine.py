@@ -102,7 +102,7 @@ class DFINECriterion(SetCriterion):
         layers = stack_layers(main)
         if enabled():
             self._check_values(main, denoising, packed, dn_meta, num_boxes)
-        norm = count_boxes(packed, num_boxes).to(outputs["pred_logits"].device)
+        norm = count_boxes(packed, num_boxes, outputs["pred_logits"].device)
         own = self.matcher.match(layers.logits, layers.boxes, packed)
         union = matched_targets(union_of_matches(own, packed.labels.shape[1]), packed)
         union_norm = union.matched.sum().clamp(min=1)

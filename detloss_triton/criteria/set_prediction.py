@@ -74,7 +74,9 @@ def stack_layers(named: NamedLayers) -> Layers:
             if not isinstance(output.get(key), Tensor):
                 raise ValueError(f"outputs{suffix} must have a tensor {key!r}")
             shapes[f"outputs{suffix}"] = tuple(output[key].shape)
-        if len(set(shapes.values())) > 1 or any(len(shape) != 3 for shape in shapes.values()):
+        # Compared, not hashed: a hash would make sizes constants of a compiled graph.
+        first, *others = shapes.values()
+        if len(first) != 3 or any(shape != first for shape in others):
             raise ValueError(f"{key!r} must have one shape (B, Q, ...) in all layers, got {shapes}")
     return Layers(
         stack([output["pred_logits"] for _, output in named]),
@@ -144,12 +146,19 @@ def box_losses(boxes: Tensor, found: Matched) -> tuple[Tensor, Tensor]:
     return distance, overlap
 
 
-def count_boxes(targets: Targets, given: float | Tensor | None) -> Tensor:
+def as_norm(given: float | Tensor, device: torch.device) -> Tensor:
+    """A normaliser as a 0-dim tensor: a number is written on the device, not copied to it."""
+    if isinstance(given, Tensor):
+        return given.to(device, torch.float32)
+    return torch.full((), given, dtype=torch.float32, device=device)
+
+
+def count_boxes(targets: Targets, given: float | Tensor | None, device: torch.device) -> Tensor:
     """The normaliser: the number of boxes, averaged over ranks, at least 1; or the one given."""
     if given is not None:
-        return torch.as_tensor(given, dtype=torch.float32)
+        return as_norm(given, device)
     (mean,) = rank_means(targets.counts.sum())
-    return mean.clamp(min=1)
+    return mean.clamp(min=1).to(device)
 
 
 def named_losses(
@@ -310,5 +319,5 @@ class SetCriterion(nn.Module):
         packed, _ = prepare(targets, None)
         layers = stack_layers([("", outputs)])
         found = matched_targets(map_of_indices(indices, layers.logits.shape[2]), packed)
-        norm = torch.as_tensor(num_boxes, dtype=torch.float32, device=layers.logits.device)
+        norm = as_norm(num_boxes, layers.logits.device)
         return layers, found, norm
