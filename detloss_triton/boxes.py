@@ -39,7 +39,7 @@ def hull(a: Columns, b: Columns) -> tuple[Tensor, Tensor]:
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """(..., 4) centre and size to corners, in float32: in half they would move by half a pixel."""
+    """(..., 4) centre and size to corners, in float32 at least: in half, small boxes vanish."""
     boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
     return torch.cat([centre - half, centre + half], -1)

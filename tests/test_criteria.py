@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from synchronisation import NoHostReads
 from torch import Tensor, nn
 from trees import Unchanged, leaves, mapped, mixed
 
@@ -22,7 +21,6 @@ from detloss_triton.bench.batches import DENSE as BUILDERS
 from detloss_triton.bench.batches import STRIDES, Batch, Draw, coder, rtmdet, yolov9
 
 over_criteria = pytest.mark.parametrize("name", list(BUILDERS))
-HALVES = (torch.float16, torch.bfloat16)
 
 
 def made(batch: Batch, device: torch.device, **kwargs: Any) -> nn.Module:
@@ -52,25 +50,6 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: f
             atol=max(tolerance * largest, smallest),
             msg=lambda m, path=path: f"{path}: {m}",
         )
-
-
-def test_the_detector_of_synchronisations_works(device: torch.device) -> None:
-    x = torch.arange(3.0, device=device)
-    waiting: list[Callable[[], Any]] = [
-        lambda: x.sum().item(),
-        lambda: bool(x[0] > 0),
-        lambda: x[x > 1],
-        lambda: x.nonzero(),
-        lambda: torch.equal(x, x),
-        lambda: x.clone().masked_select(x > 1),
-        lambda: x.unique(),
-    ]
-    for wait in waiting:
-        with (
-            pytest.raises((AssertionError, RuntimeError)),
-            NoHostReads(device),
-        ):
-            wait()
 
 
 @over_criteria
@@ -162,20 +141,6 @@ def test_a_criterion_keeps_no_state(name: str, backend: str, device: torch.devic
     criterion(**other.inputs)
     after = dict(leaves(criterion(**first.inputs)))
     assert all(torch.equal(before[path], after[path]) for path in before)
-
-
-@over_criteria
-@pytest.mark.parametrize("dtype", HALVES, ids=lambda d: str(d).removeprefix("torch."))
-def test_half_inputs(name: str, dtype: torch.dtype, backend: str, device: torch.device) -> None:
-    """Computed in float32: only the inputs and the gradients are rounded."""
-    half = BUILDERS[name]().on(device, dtype)
-    full = half.on(device, torch.float32)
-    losses, gradients = step(half, device)
-    expected_losses, expected_gradients = step(full, device)
-    assert all(loss.dtype == torch.float32 for loss in losses.values())
-    assert all(gradient.dtype == dtype for gradient in gradients.values())
-    assert_same(losses, expected_losses, 1e-5)
-    assert_same(gradients, expected_gradients, torch.finfo(dtype).eps)
 
 
 @over_criteria

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -80,6 +81,25 @@ def test_nothing_waits_for_the_device(
         batch.step()
     with NoHostReads(device):
         batch.step()
+
+
+def test_the_detector_of_synchronisations_works(device: torch.device) -> None:
+    x = torch.arange(3.0, device=device)
+    waiting: list[Callable[[], Any]] = [
+        lambda: x.sum().item(),
+        lambda: bool(x[0] > 0),
+        lambda: x[x > 1],
+        lambda: x.nonzero(),
+        lambda: torch.equal(x, x),
+        lambda: x.clone().masked_select(x > 1),
+        lambda: x.unique(),
+    ]
+    for wait in waiting:
+        with (
+            pytest.raises((AssertionError, RuntimeError)),
+            NoHostReads(device),
+        ):
+            wait()
 
 
 @needs_gpu
