@@ -49,7 +49,13 @@ def two_bin(
     index = left.clamp(0, last)
     is_bin = index == left
     index = index.long()
-    loss = log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    if weight_right is None and torch.compiler.is_compiling():
+        # Inductor fuses a comparison into its one loop; a gather's gradient is a loop of its own.
+        # For two bins two gathers are faster.
+        is_left = torch.arange(last + 1, device=index.device) == index.unsqueeze(-1)
+        loss = torch.where(is_left, log_p, 0).sum(-1)
+    else:
+        loss = log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1)
     loss = loss * (is_bin if weight_left is None else is_bin * weight_left)
     if weight_right is not None and last > 0:
         at_right = log_p.gather(-1, (index + 1).clamp(max=last).unsqueeze(-1)).squeeze(-1)
