@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from trees import mapped
 
 from detloss_triton import sum_losses
 from detloss_triton.bench.batches import DENSE as BUILDERS
+from detloss_triton.demo.detectors import RECIPES
+from detloss_triton.demo.shapes import CLASS_NAMES, ShapeImages
+from detloss_triton.demo.train import Settings, fit
 
 Arguments = dict[str, Any]
 # The criterion, the inputs of a slice of the batch, and what of them a head predicts.
@@ -95,6 +99,21 @@ def check(criterion: nn.Module, part: Callable[[slice], Arguments], predicted: A
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
+def check_training() -> None:
+    """Processes that train on different images have the same parameters after it."""
+    cpu = torch.device("cpu")
+    settings = Settings("yolov9", 2, 2 * dist.get_world_size(), 64, 0, "torch", cpu, 1, Path())
+    model = RECIPES["yolov9"].build(len(CLASS_NAMES), 64, cpu)
+    before = [p.detach().clone() for p in model.parameters()]
+    history = fit(model, ShapeImages(64, 0), 1e-3, settings)
+    after = [p.detach() for p in model.parameters()]
+    assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    for values in (*after, torch.tensor(history["total_loss"])):
+        of_first = values.clone()
+        dist.broadcast(of_first, 0)
+        assert torch.equal(of_first, values)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -102,6 +121,7 @@ def main() -> None:
         counts = [int(n) for n in argument.split(",")]
         for problem in (detr(counts), dense("atss", counts), dense("rtmdet", counts)):
             check(*problem, len(counts))
+    check_training()
     # DDP holds the group too; were it the last to let go, it would join gloo's threads while it
     # keeps them from the interpreter's lock, and never return: `check` has dropped it by now.
     print(f"rank {dist.get_rank()} agrees", flush=True)

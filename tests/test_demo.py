@@ -71,6 +71,15 @@ def test_shapes_lie_inside_and_repeat_with_the_seed() -> None:
     assert set(np.concatenate([s.labels for s in batch])) == set(range(len(CLASS_NAMES)))
 
 
+def test_shares_of_a_batch_make_it_up() -> None:
+    whole = ShapeImages(64, 3).batch(5)
+    shares = [ShapeImages(64, 3).batch(5, slice(rank, None, 2)) for rank in range(2)]
+    assert [len(share) for share in shares] == [3, 2]
+    for rank, share in enumerate(shares):
+        for a, b in zip(share, whole[rank::2], strict=True):
+            assert np.array_equal(a.image, b.image) and np.array_equal(a.boxes, b.boxes)
+
+
 def test_targets_are_padded_with_class_minus_one() -> None:
     targets = pad_targets([sample((1, 2, 3, 4, 0)), sample()], CPU)
     assert targets.tolist() == [[[0, 1, 2, 3, 4]], [[-1, 0, 0, 0, 0]]]

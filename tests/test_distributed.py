@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -37,3 +38,17 @@ def test_gradients_are_those_of_the_whole_batch(processes: int, counts: tuple[st
     run = torchrun(processes, str(TESTS / "ddp_worker.py"), *counts)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.count("agrees") == processes
+
+
+def test_train_runs_under_torchrun(tmp_path: Path) -> None:
+    """Two processes share the batches; one shows the bar, and writes what one alone writes."""
+    size = ("--batch-size", "4", "--image-size", "64", "--device", "cpu")
+    command = ("-m", "detloss_triton.cli", "train", "--steps", "2", *size)
+    run = torchrun(2, *command, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count("wrote loss.png") == 1
+    (output,) = (tmp_path / "runs").iterdir()
+    assert {path.suffix for path in output.iterdir()} == {".png", ".json"}
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["processes"] == 2
+    assert metrics["losses"]["last"]["total_loss"] > 0

@@ -51,10 +51,10 @@ class CocoImages:
         )
         self.validation = [letterbox(entry, image_size) for entry in held_out]
 
-    def batch(self, size: int) -> list[Sample]:
-        """Draw the next `size` training images."""
-        chosen = self._rng.integers(len(self._training), size=size).tolist()
-        mirrored = self._rng.random(size) < 0.5
+    def batch(self, size: int, share: slice = slice(None)) -> list[Sample]:
+        """Draw the next `size` training images, and load a share of them."""
+        chosen = self._rng.integers(len(self._training), size=size).tolist()[share]
+        mirrored = (self._rng.random(size) < 0.5)[share]
         return [
             mirror(self._load(index)) if flip else self._load(index)
             for index, flip in zip(chosen, mirrored, strict=True)

@@ -54,8 +54,8 @@ class ImageSource(Protocol):
     def validation(self) -> Sequence[Sample]:
         """The held-out images, always the same."""
 
-    def batch(self, size: int) -> list[Sample]:
-        """Draw the next `size` training images."""
+    def batch(self, size: int, share: slice = slice(None)) -> list[Sample]:
+        """Draw the next `size` training images, and return a share of them."""
 
 
 def stack_images(samples: Sequence[Sample], device: torch.device) -> Tensor:

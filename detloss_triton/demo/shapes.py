@@ -58,9 +58,9 @@ class ShapeImages:
         held_out = np.random.default_rng(validation)
         self.validation = [self.draw(held_out) for _ in range(VALIDATION_IMAGES)]
 
-    def batch(self, size: int) -> list[Sample]:
-        """Draw the next `size` training images."""
-        return [self.draw(self._rng) for _ in range(size)]
+    def batch(self, size: int, share: slice = slice(None)) -> list[Sample]:
+        """Draw the next `size` training images, and return a share of them."""
+        return [self.draw(self._rng) for _ in range(size)][share]
 
     def draw(self, rng: np.random.Generator) -> Sample:
         """Draw one image holding 1 to `MOST_SHAPES` shapes that overlap little."""

@@ -10,7 +10,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from detloss_triton import __version__
 
+from . import ranks
 from .average_precision import AveragePrecision, average_precision
 from .coco_images import CocoImages
 from .detectors import RECIPES
@@ -63,11 +64,23 @@ class Evaluation:
 def train(settings: Settings) -> None:
     """Train as told; write `loss.png`, `predictions.png` and `metrics.json` at the end.
 
+    Where `torchrun` started several processes, they share every batch, and the first one writes.
+
     Raises:
         InputError: if the settings cannot be used; nothing is written then.
     """
+    with ranks.joined(settings.device) as device:
+        _train(replace(settings, device=device))
+
+
+def _train(settings: Settings) -> None:
     started = time.perf_counter()
     _check_output(settings.output)
+    if settings.batch_size < ranks.count():
+        raise InputError(
+            f"--batch-size: expected at least one image for each of {ranks.count()} processes, "
+            f"got {settings.batch_size}"
+        )
     recipe = RECIPES[settings.criterion]
     source = _source(settings)
     torch.set_num_threads(settings.threads)
@@ -76,10 +89,12 @@ def train(settings: Settings) -> None:
     torch.backends.cudnn.deterministic = True
     model = recipe.build(len(source.class_names), settings.image_size, settings.device)
 
-    before = evaluate(model, source, settings)
+    before = evaluate(model, source, settings) if ranks.rank() == 0 else None
     training_started = time.perf_counter()
     history = fit(model, source, recipe.learning_rate, settings)
     training_seconds = time.perf_counter() - training_started
+    if before is None:
+        return
     after = evaluate(model, source, settings)
 
     metrics = {
@@ -91,6 +106,7 @@ def train(settings: Settings) -> None:
         },
         "validation_images": len(source.validation),
         "classes": list(source.class_names),
+        "processes": ranks.count(),
         "seconds": {
             "training": training_seconds,
             "total": time.perf_counter() - started,
@@ -128,18 +144,23 @@ def fit(
     learning_rate: float,
     settings: Settings,
 ) -> dict[str, list[float]]:
-    """Train behind a progress bar; return the value of each loss term at every step."""
+    """Train behind a progress bar; return the value of each loss term at every step.
+
+    Of several processes each takes its share of the batches; the values are means over all.
+    """
     steps = settings.steps
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
     history: list[dict[str, Tensor]] = []
-    model.train()
+    trained = nn.parallel.DistributedDataParallel(model) if ranks.are_several() else model
+    trained.train()
     # A terminal is redrawn often; a log file gets a line now and then.
     interval = 0.2 if sys.stderr.isatty() else 10.0
-    with tqdm(range(steps), "training", unit="step", mininterval=interval) as bar:
+    quiet = ranks.rank() > 0
+    with tqdm(range(steps), "training", unit="step", mininterval=interval, disable=quiet) as bar:
         for step in bar:
-            samples = source.batch(settings.batch_size)
-            losses = model(stack_images(samples, settings.device), samples)
+            samples = source.batch(settings.batch_size, ranks.share())
+            losses = trained(stack_images(samples, settings.device), samples)
             optimizer.zero_grad()
             losses["total_loss"].backward()
             nn.utils.clip_grad_norm_(model.parameters(), LARGEST_GRADIENT_NORM)
@@ -148,7 +169,8 @@ def fit(
             history.append({term: loss.detach() for term, loss in losses.items()})
             if step % STEPS_PER_READING == 0 or step == steps - 1:
                 bar.set_postfix(loss=f"{losses['total_loss'].item():.3f}", refresh=False)
-    return {term: torch.stack([losses[term] for losses in history]).tolist() for term in history[0]}
+    values = ranks.mean(torch.stack([torch.stack([*losses.values()]) for losses in history]))
+    return dict(zip(history[0], values.T.tolist(), strict=True))
 
 
 def rate(step: int, steps: int) -> float:
