@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import backend
+from . import backend, memory
 
 if TYPE_CHECKING:
     from .op import Call
@@ -64,7 +64,7 @@ def backward(
     ready: None,
 ) -> list[Tensor | None]:
     gradients = [
-        torch.empty_like(x) if want and x is not None else None
+        memory.empty_like(x) if want and x is not None else None
         for x, want in zip(inputs, wanted, strict=True)
     ]
     if math.prod(call.rows) > 0:

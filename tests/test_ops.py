@@ -135,6 +135,17 @@ def computed(tested: RowOp, sample: Sample, keep: int = 0) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, wanted, upstream_for(out))]
 
 
+def evaluated(module: Any, call: op.Call, sample: Sample) -> list[Tensor]:
+    """[losses, *gradients] by `blocks` or `launch`, whatever the size."""
+    wanted = [
+        spec.grad and x is not None for x, spec in zip(sample.inputs, call.op.inputs, strict=True)
+    ]
+    out, ready = module.forward(call, sample.weight, sample.inputs, wanted)
+    dout = torch.ones_like(out)
+    gradients = module.backward(call, sample.weight, sample.inputs, dout, wanted, ready)
+    return [out, *(g for g in gradients if g is not None)]
+
+
 def reference(tested: RowOp, sample: Sample, keep: int = 0) -> list[Tensor]:
     """[output, *gradients] of the bare reference, in the inputs' own precision."""
     inputs = leaves_of(tested, sample)
