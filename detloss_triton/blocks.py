@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -120,7 +120,7 @@ def forward(
     parts = _parts(call, weight, inputs)
     gradients = None
     if any(wanted) and _at_once(call, parts):
-        gradients = _new(memory.empty_like, inputs, wanted)
+        gradients = memory.wanted_like(memory.empty_like, inputs, wanted)
     return _run(call, parts, gradients), gradients
 
 
@@ -149,7 +149,7 @@ def backward(
         few = _few(Part(inputs, weight), live if weight is None else live & (weight != 0))
         parts = parts if few.at is None else [few]
     new = memory.empty_like if parts[0].at is None else memory.zeros_like
-    gradients = _new(new, inputs, wanted)
+    gradients = memory.wanted_like(new, inputs, wanted)
     _run(call, parts, gradients, upstream)
     return gradients
 
@@ -172,15 +172,6 @@ def _at_once(call: Call, parts: list[Part]) -> bool:
     return everywhere and call.keep < len(call.rows) and not half
 
 
-def _new(
-    allocate: Callable[[Tensor], Tensor], inputs: _Inputs, wanted: Sequence[bool]
-) -> Gradients:
-    return [
-        allocate(x) if want and x is not None else None
-        for x, want in zip(inputs, wanted, strict=True)
-    ]
-
-
 def _run(
     call: Call, parts: list[Part], gradients: Gradients | None, upstream: Tensor | None = None
 ) -> Tensor:
@@ -199,7 +190,8 @@ def _run(
                         g[skipped] = 0
             continue
         rows = part.at[: len(call.rows)]
-        some = gradients and _new(torch.empty_like, part.inputs, [g is not None for g in gradients])
+        wanted = [g is not None for g in gradients or []]
+        some = gradients and memory.wanted_like(torch.empty_like, part.inputs, wanted)
         picked = replace(call, keep=1, rows=rows[0].shape)
         above = None if upstream is None else upstream[rows]
         losses = _cut(picked, part.weight, part.inputs, some, above)

@@ -63,10 +63,7 @@ def backward(
     wanted: Sequence[bool],
     ready: None,
 ) -> list[Tensor | None]:
-    gradients = [
-        memory.empty_like(x) if want and x is not None else None
-        for x, want in zip(inputs, wanted, strict=True)
-    ]
+    gradients = memory.wanted_like(memory.empty_like, inputs, wanted)
     if math.prod(call.rows) > 0:
         _run(call, weight, inputs, dout.to(torch.float32).contiguous(), gradients)
     return gradients

@@ -9,9 +9,10 @@ GPU. On other devices, and for smaller tensors, these functions are torch's own.
 from __future__ import annotations
 
 import mmap
-import sys
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,9 @@ from . import backend
 # Bytes from which on a tensor is mapped.
 _LARGE = 2**23
 
-# Mappings that no tensor uses.
+# Mappings that no tensor uses; to be chosen from under the lock, as backward may run in any thread.
 _free: list[mmap.mmap] = []
+_choosing = threading.Lock()
 
 
 def empty_like(x: Tensor) -> Tensor:
@@ -34,6 +36,16 @@ def empty_like(x: Tensor) -> Tensor:
 
 def zeros_like(x: Tensor) -> Tensor:
     return empty_like(x).zero_()
+
+
+def wanted_like(
+    allocate: Callable[[Tensor], Tensor], tensors: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """`allocate(x)` of each tensor that is there and wanted: gradients, before they are written."""
+    return [
+        allocate(x) if want and x is not None else None
+        for x, want in zip(tensors, wanted, strict=True)
+    ]
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:
@@ -100,12 +112,16 @@ def _mapped(x: Tensor) -> Tensor:
 
 def _mapping(n_bytes: int) -> mmap.mmap:
     """A free mapping of about this size. Where there is none, the others are given back."""
-    for i, mapping in enumerate(_free):
-        if n_bytes <= len(mapping) <= 2 * n_bytes:
-            return _free.pop(i)
-    _free.clear()
-    if sys.platform != "linux":
+    with _choosing:
+        for i, mapping in enumerate(_free):
+            if n_bytes <= len(mapping) <= 2 * n_bytes:
+                return _free.pop(i)
+        _free.clear()
+    if not hasattr(mmap, "MAP_ANONYMOUS"):
         return mmap.mmap(-1, n_bytes)
+    # Private: a forked process has gradients of its own.
     mapping = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    mapping.madvise(mmap.MADV_HUGEPAGE)
+    # A kernel built without huge pages refuses.
+    with suppress(AttributeError, OSError):
+        mapping.madvise(mmap.MADV_HUGEPAGE)
     return mapping

@@ -52,3 +52,8 @@ def test_stack_and_take_differentiate_as_torchs_own() -> None:
     assert torch.autograd.gradcheck(lambda leaf: memory.take(leaf, 1, index), (x,))
     mixed = memory.stack([x.detach(), y.detach().float()])
     assert mixed.dtype == torch.float64
+
+
+def test_a_kernel_without_huge_pages_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.mmap, "MADV_HUGEPAGE", -1)
+    assert memory.zeros_like(torch.empty(1000)).eq(0).all()
