@@ -11,9 +11,8 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Literal, get_args
 
 import torch
@@ -48,7 +47,7 @@ def check_environment() -> None:
     _check(_requested, "DETLOSS_BACKEND")
 
 
-class use_backend(AbstractContextManager["use_backend"]):
+def use_backend(name: Backend) -> ExitStack:
     """Choose the backend of every loss from here on; as a context manager, until its end.
 
     Args:
@@ -58,21 +57,16 @@ class use_backend(AbstractContextManager["use_backend"]):
         ValueError: for any other name. Whether "triton" can be honoured depends on the tensors, so
             that is checked, and refused with the reason, when a loss is computed.
     """
+    _check(name, "backend")
+    restore = ExitStack()
+    restore.callback(_request, _requested)
+    _request(name)
+    return restore
 
-    def __init__(self, name: Backend) -> None:
-        global _requested
-        _check(name, "backend")
-        self._previous = _requested
-        _requested = name
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        global _requested
-        _requested = self._previous
+def _request(name: Backend) -> None:
+    global _requested
+    _requested = name
 
 
 def why_not_triton(device: torch.device, dtypes: Sequence[torch.dtype] = ()) -> str:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -24,22 +23,17 @@ def enabled() -> bool:
     return _enabled
 
 
-class validation(AbstractContextManager["validation"]):
+def validation(on: bool) -> ExitStack:
     """Turn the checks of values on or off from here on; as a context manager, until its end."""
+    restore = ExitStack()
+    restore.callback(_enable, _enabled)
+    _enable(on)
+    return restore
 
-    def __init__(self, on: bool) -> None:
-        global _enabled
-        self._previous = _enabled
-        _enabled = on
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        global _enabled
-        _enabled = self._previous
+def _enable(on: bool) -> None:
+    global _enabled
+    _enabled = on
 
 
 @dataclass(frozen=True)
