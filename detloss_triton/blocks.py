@@ -167,9 +167,13 @@ def _at_once(call: Call, parts: list[Part]) -> bool:
     evaluating the row again. A loss per row may be asked for few rows only; and half precision has
     to see the upstream gradient before it rounds.
     """
-    everywhere, inputs = parts[0].at is None, parts[0].inputs
+    return parts[0].at is None and in_forward(call, parts[0].inputs)
+
+
+def in_forward(call: Call, inputs: _Inputs) -> bool:
+    """Whether losses and inputs are such that the gradient may be computed in forward."""
     half = any(x is not None and x.dtype in (torch.float16, torch.bfloat16) for x in inputs)
-    return everywhere and call.keep < len(call.rows) and not half
+    return call.keep < len(call.rows) and not half
 
 
 def _run(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import backend
 from .memory import take
 
 
@@ -43,3 +44,37 @@ def at_anchors(levels: Sequence[Tensor], index: Tensor) -> Tensor:
         start += n
     assert out is not None
     return out.movedim(-1, 1)
+
+
+@torch.library.custom_op("detloss_triton::settled", mutates_args=())
+def _settled(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@_settled.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def settled(x: Tensor) -> Tensor:
+    """x, which Inductor then computes once, and not again for each element it is broadcast to."""
+    return _settled(x) if torch.compiler.is_compiling() else x
+
+
+def kth_largest(x: Tensor, k: Tensor) -> Tensor:
+    """(N, 1): the k-th largest of each row of x (N, A), with k (N, 1) at most A taken as 1 to A."""
+    return _kth_largest(x, k.clamp(1, x.shape[1]))
+
+
+@torch.library.custom_op("detloss_triton::kth_largest", mutates_args=())
+def _kth_largest(x: Tensor, k: Tensor) -> Tensor:
+    # A host that is the device may look how many are needed; all are a sort.
+    if x.numel() == 0:
+        return x.new_zeros(k.shape)
+    most = int(k.numpy().max()) if backend.is_cached_by_cpu(x.device) else x.shape[1]
+    return x.topk(most, dim=1).values.gather(1, k - 1)
+
+
+@_kth_largest.register_fake
+def _(x: Tensor, k: Tensor) -> Tensor:
+    return x.new_empty(k.shape)

@@ -59,7 +59,7 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
 
 def take(x: Tensor, dim: int, index: Tensor) -> Tensor:
     """`x.gather(dim, index)`; its gradient is added to zeros, torch's to a copy of them."""
-    if torch.compiler.is_compiling():
+    if not backend.is_cached_by_cpu(x.device):
         return x.gather(dim, index)
     out: Tensor = _Take.apply(x, dim, index)
     return out
@@ -88,8 +88,19 @@ class _Take(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
         (index,) = ctx.saved_tensors
-        gradient = zeros_like(dout.new_empty(()).expand(ctx.shape))
-        return gradient.scatter_add_(ctx.dim, index, dout), None, None
+        return _untake(dout, ctx.shape, ctx.dim, index), None, None
+
+
+@torch.library.custom_op("detloss_triton::untake", mutates_args=())
+def _untake(x: Tensor, shape: list[int], dim: int, index: Tensor) -> Tensor:
+    """x added to zeros of a shape, where `take` took it."""
+    zeros = zeros_like(x.new_empty(()).expand(shape))
+    return zeros.scatter_add_(dim, index, x)
+
+
+@_untake.register_fake
+def _(x: Tensor, shape: list[int], dim: int, index: Tensor) -> Tensor:
+    return x.new_empty(shape)
 
 
 def _by_hand(device: torch.device) -> bool:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backend, blocks, launch
+from . import backend, blocks, launch, traced
 from .blocks import Part
 
 REGISTRY: dict[str, Op] = {}
@@ -101,7 +101,8 @@ class Op:
 class RowOp(Op):
     """A loss (or a few values) per row, differentiable by the inputs declared with `grad`.
 
-    Calling it: `op(*inputs, weight=None, keep=0, **params)`.
+    Calling it: `op(*inputs, weight=None, keep=0, few=False, **params)`. `few` tells a compiled
+    graph that all rows are kept and few of them will be asked for their gradient.
 
     Shapes:
         inputs: (*rows, features) or (*rows,), any strides, any float dtype; None where optional.
@@ -136,15 +137,23 @@ class RowOp(Op):
         self.temporaries = temporaries
 
     def __call__(
-        self, *inputs: Tensor | None, weight: Tensor | None = None, keep: int = 0, **params: Any
+        self,
+        *inputs: Tensor | None,
+        weight: Tensor | None = None,
+        keep: int = 0,
+        few: bool = False,
+        **params: Any,
     ) -> Tensor:
         rows = self._check(inputs, weight, keep)
         keep = len(rows) if self.values else keep
-        call = Call(self, tuple(sorted(params.items())), keep, rows)
+        call = Call(self, tuple(sorted(params.items())), keep, rows, few)
         differentiable = [
             x for x, spec in zip(inputs, self.inputs, strict=True) if spec.grad and x is not None
         ]
         chosen = self._backend(differentiable[0], [x.dtype for x in differentiable], inputs)
+        by_cpu = backend.is_cached_by_cpu(differentiable[0].device)
+        if chosen == "torch" and torch.compiler.is_compiling() and by_cpu:
+            return traced.evaluate(call, weight, inputs)
         if chosen == "torch" and not blocks.pays(call, inputs):
             return call.whole(weight, *inputs)
         if not (torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)):
@@ -218,6 +227,7 @@ class Call:
     params: tuple[tuple[str, Any], ...]
     keep: int
     rows: torch.Size
+    few: bool = False
 
     def losses(self, weight: Tensor | None, *inputs: Tensor | None, blank: bool = True) -> Tensor:
         """The weighted losses of some of the rows, in float32 or float64.
@@ -238,18 +248,26 @@ class Call:
             *(x.to(dtype) if x is not None and x.is_floating_point() else x for x in inputs),
             **dict(self.params),
         )
+        if torch.compiler.is_compiling() and losses.dim() > len(self.rows) and not self.op.values:
+            if self.keep:
+                losses = losses.sum(-1)
+            elif weight is not None:
+                # Left by the reference to be summed with the rows, in one loop.
+                weight = weight.unsqueeze(-1)
         if weight is None:
             return losses
         losses = losses * weight.to(dtype)
         return losses if blank or not skip else torch.where(weight != 0, losses, 0)
 
     def whole(self, weight: Tensor | None, *inputs: Tensor | None) -> Tensor:
-        """The reference on everything at once: for small inputs, and for Inductor to compile."""
+        """The reference on everything at once: for small inputs, and to be compiled."""
         return self.summed(self.losses(weight, *inputs))
 
     def summed(self, losses: Tensor) -> Tensor:
         """The losses of all rows, summed but for the leading `keep` dimensions."""
-        return losses.flatten(self.keep).sum(-1) if self.keep < len(self.rows) else losses
+        if self.keep == len(self.rows):
+            return losses
+        return losses.flatten(self.keep).sum(-1) if self.keep else losses.sum()
 
     def dtype(self, inputs: tuple[Tensor | None, ...]) -> torch.dtype:
         """float64 where an input is float64, else float32: half precision is for storage only."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from detloss_triton.boxes import cxcywh_to_xyxy
+from detloss_triton.gather import settled
 from detloss_triton.matchers import HungarianMatcher
 from detloss_triton.memory import stack
 from detloss_triton.ops.classification import varifocal
@@ -109,10 +110,11 @@ def matched_targets(target_of_query: Tensor, targets: Targets) -> Matched:
     labels = targets.labels.expand(n_layers, -1, -1).gather(2, index)
     boxes = targets.boxes.expand(n_layers, -1, -1, -1)
     boxes = boxes.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, 4))
+    labels = torch.where(matched, labels, -1)
     return Matched(
         target_of_query,
         matched,
-        torch.where(matched, labels, -1),
+        labels,
         torch.where(matched.unsqueeze(-1), boxes, 0),
     )
 
@@ -129,7 +131,7 @@ def classification_losses(
     logits: Tensor, iou: Tensor, found: Matched, alpha: float, gamma: float
 ) -> Tensor:
     """(L,): varifocal losses, summed."""
-    labels = found.labels.expand(logits.shape[:-1])
+    labels = settled(found.labels.expand(logits.shape[:-1]))
     return varifocal(logits, labels, iou, None, keep=1, alpha=alpha, gamma=gamma)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detloss_triton.gather import kth_largest
 from detloss_triton.ops.distribution import two_bin
 from detloss_triton.ops.regression import smooth_l1
 from detloss_triton.reduction import EPS32
@@ -91,7 +92,7 @@ class SSDCriterion(nn.Module):
             norm: float | Tensor = torch.where(avg_factor == 0, 1, avg_factor)
         else:
             norm = avg_factor or 1.0
-        each = two_bin(cls_score, labels, None, None, weight=label_weights, keep=2)
+        each = two_bin(cls_score, labels, None, None, weight=label_weights, keep=2, few=True)
         loss_cls = self._mined(each, labels) / norm
         if self.reg_decoded_bbox:
             bbox_pred = decoded(self.bbox_coder, anchor, bbox_pred)
@@ -109,14 +110,17 @@ class SSDCriterion(nn.Module):
     def _mined(self, each: Tensor, labels: Tensor) -> Tensor:
         """(N,): the losses (N, A) of all positives and of the hardest negatives of each image.
 
-        The number taken is a tensor on the device, so a sort replaces top-k: negatives of rank
-        below it are kept.
+        How many are taken is known on the device only: they are those above a threshold, and of
+        those at it the first.
         """
         positive = is_positive(labels, self.num_classes)
+        negative = labels == self.num_classes
         taken = positive.sum(1, keepdim=True) * self.neg_pos_ratio
-        negative = torch.where(labels == self.num_classes, each, -1.0)
-        hardest = negative.sort(dim=1, descending=True).values
-        rank = torch.arange(each.shape[1], device=each.device)
-        # NaN sorts first and is less than nothing: it is taken, and shows in the loss.
-        kept = torch.where((rank < taken) & ~(hardest < 0), hardest, 0)
-        return torch.where(positive, each, 0).sum(1) + kept.sum(1)
+        hardness = torch.where(negative, each.detach(), -1.0)
+        threshold = kth_largest(hardness, taken)
+        # NaN is not at most anything: it is taken, and shows in the loss.
+        above = ~(hardness <= threshold)
+        at = hardness == threshold
+        left = taken - above.sum(1, keepdim=True)
+        kept = (above | (at & (at.cumsum(1) <= left))) & negative & (taken > 0)
+        return torch.where(positive | kept, each, 0).sum(1)

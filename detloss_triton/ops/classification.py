@@ -100,15 +100,18 @@ def _by_label(
 
 
 def _summed(losses: Tensor, mask: Tensor | None) -> Tensor:
-    """A row's losses, summed over its classes."""
+    """A row's losses, summed over its classes; left to the caller where Inductor fuses it all."""
+    if torch.compiler.is_compiling():
+        return losses if mask is None else losses * mask
     if mask is not None:
+        # In the losses' memory layout, whatever the mask's.
         losses = losses * torch.empty_like(losses).copy_(mask)
     return losses.squeeze(-1) if losses.shape[-1] == 1 else losses.sum(-1)
 
 
 def _bce(logits: Tensor, targets: Tensor | None) -> Tensor:
     losses = F.softplus(logits, threshold=_EXACT)
-    return losses if targets is None else losses.addcmul_(logits, targets, value=-1)
+    return losses if targets is None else losses - logits * targets
 
 
 # Above 20 torch's softplus is the identity unless told otherwise: 2e-9 off, more than rounding.
@@ -157,7 +160,7 @@ def sigmoid_focal(
     if t is None:
         losses = _summed(_bce(logits, t) * p.pow(gamma), mask)
         return losses * (1 - alpha) if alpha >= 0 else losses
-    scale = torch.addcmul(t, p, 1 - 2 * t).pow(gamma)
+    scale = (t + p * (1 - 2 * t)).pow(gamma)
     if alpha >= 0:
         scale = scale * ((2 * alpha - 1) * t + (1 - alpha))
     return _summed(_bce(logits, t) * scale, mask)

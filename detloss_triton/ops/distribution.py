@@ -45,7 +45,7 @@ def two_bin(
     not exist costs 0; so does a right bin beyond the last.
     """
     last = logits.shape[-1] - 1
-    log_p = logits.log_softmax(-1)
+    x, norm = _up_to_norm(logits)
     index = left.clamp(0, last)
     is_bin = index == left
     index = index.long()
@@ -53,14 +53,26 @@ def two_bin(
         # Inductor fuses a comparison into its one loop; a gather's gradient is a loop of its own.
         # For two bins two gathers are faster.
         is_left = torch.arange(last + 1, device=index.device) == index.unsqueeze(-1)
-        loss = torch.where(is_left, log_p, 0).sum(-1)
+        loss = torch.where(is_left, x, 0).sum(-1) - norm
     else:
-        loss = log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+        loss = x.gather(-1, index.unsqueeze(-1)).squeeze(-1) - norm
     loss = loss * (is_bin if weight_left is None else is_bin * weight_left)
     if weight_right is not None and last > 0:
-        at_right = log_p.gather(-1, (index + 1).clamp(max=last).unsqueeze(-1)).squeeze(-1)
+        at_right = x.gather(-1, (index + 1).clamp(max=last).unsqueeze(-1)).squeeze(-1) - norm
         loss = loss + at_right * (weight_right * (is_bin & (index < last)))
     return -loss
+
+
+def _up_to_norm(logits: Tensor) -> tuple[Tensor, Tensor | float]:
+    """log_softmax as a difference: logits up to a constant of their row, and the row's norm.
+
+    Inductor so reads the logits twice, for the largest and for the sum; the picked entries are
+    found on the way. In eager mode torch's own kernel is faster than the passes of this.
+    """
+    if not torch.compiler.is_compiling():
+        return logits.log_softmax(-1), 0.0
+    x = logits - logits.detach().amax(-1, keepdim=True)
+    return x, x.exp().sum(-1).log()
 
 
 @two_bin.triton

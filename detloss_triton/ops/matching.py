@@ -183,21 +183,22 @@ def match_cost(
     index = torch.where(is_class, labels, 0).long().unsqueeze(1)
     t = [c.unsqueeze(-1) for c in columns(targets.to(dtype))]
     t_corners = _corners(t)
-    for layer in range(shape[0]):
-        p = [c.unsqueeze(1) for c in columns(boxes[layer].to(dtype))]
-        p_corners = _corners(p)
-        x = logits[layer].gather(2, index.expand(-1, n_queries, -1)).transpose(1, 2).to(dtype)
-        x = torch.where(is_class.unsqueeze(-1), x, 0)
-        for image in blocks.slices(n_images, n_targets * n_queries, boxes.device):
-            pos, neg = x[image].sigmoid(), (-x[image]).sigmoid()
+    p = [c.unsqueeze(2) for c in columns(boxes.to(dtype))]
+    p_corners = _corners(p)
+    x = logits.gather(3, index.expand(*shape, n_queries, -1)).transpose(2, 3).to(dtype)
+    x = torch.where(is_class.unsqueeze(-1), x, 0)
+    for layers in blocks.slices(shape[0], n_images * n_targets * n_queries, boxes.device):
+        for images in blocks.slices(n_images, n_targets * n_queries, boxes.device):
+            at = (layers, images)
+            pos, neg = x[at].sigmoid(), (-x[at]).sigmoid()
             pair_cost = cost_class * (
                 (1 - alpha) * pos.pow(gamma) * (neg + _LOG_EPS).log()
                 - alpha * neg.pow(gamma) * (pos + _LOG_EPS).log()
             )
             for a, b in zip(p, t, strict=True):
-                pair_cost += cost_bbox * (a[image] - b[image]).abs()
-            pair_cost -= cost_giou * giou(_at(p_corners, image), _at(t_corners, image), _GIOU_EPS)
-            by_layer[layer, image] = pair_cost
+                pair_cost += cost_bbox * (a[at] - b[images]).abs()
+            pair_cost -= cost_giou * giou(_at(p_corners, at), _at(t_corners, images), _GIOU_EPS)
+            by_layer[at] = pair_cost
     return cost
 
 
