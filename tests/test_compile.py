@@ -51,8 +51,9 @@ def test_one_graph_and_the_same_numbers(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_inductor_on_a_cpu() -> None:
-    assert_compiles("ssd", "torch", CPU)
+@pytest.mark.parametrize("name", ["ssd", "rtmdet"])
+def test_inductor_on_a_cpu(name: str) -> None:
+    assert_compiles(name, "torch", CPU)
 
 
 @needs_gpu

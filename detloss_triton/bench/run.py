@@ -36,7 +36,7 @@ from .shapes import CRITERIA, QUICK_BATCH, SWEEPS, CriterionCase, OpCase, op_cas
 
 FORMAT = 1
 PASSES = ("forward", "forward+backward")
-FULL, QUICK = Budget(rounds=15, seconds=2.0), Budget(rounds=3, seconds=0.1, most=5)
+FULL, QUICK = Budget(rounds=9, seconds=0.5), Budget(rounds=3, seconds=0.1, most=5)
 
 Row = dict[str, Any]
 

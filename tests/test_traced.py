@@ -1,0 +1,107 @@
+"""Row ops inside a compiled graph on a CPU, against the same ops evaluated eagerly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from detloss_triton import use_backend
+from detloss_triton.gather import kth_largest, settled
+from detloss_triton.op import REGISTRY, RowOp, Sample
+from detloss_triton.ops.distribution import two_bin
+from detloss_triton.traced import _order
+
+ROW_OPS = [each for each in REGISTRY.values() if isinstance(each, RowOp)]
+IMAGES, ANCHORS = 3, 20
+
+
+@pytest.fixture(autouse=True)
+def torch_backend() -> Iterator[None]:
+    torch._dynamo.reset()
+    with use_backend("torch"):
+        yield
+    torch._dynamo.reset()
+
+
+def by_image(x: Tensor | None, features: int) -> Tensor | None:
+    """Rows as (images, anchors), features before anchors in memory as in (N, C, H, W) levels."""
+    if x is None:
+        return None
+    x = x.unflatten(0, (IMAGES, ANCHORS))
+    return x.transpose(1, 2).contiguous().transpose(1, 2) if features else x
+
+
+def batch_of(tested: RowOp) -> Sample:
+    sample = next(iter(tested.samples(IMAGES * ANCHORS, torch.Generator().manual_seed(0))))
+    features = [spec.features for spec in tested.inputs]
+    inputs = tuple(by_image(x, n) for x, n in zip(sample.inputs, features, strict=True))
+    weight = torch.rand(IMAGES, ANCHORS, generator=torch.Generator().manual_seed(1)).round()
+    return Sample(inputs, sample.params, None if tested.values else weight * 1.5)
+
+
+@pytest.mark.parametrize("tested", ROW_OPS, ids=lambda each: each.name)
+def test_the_same_losses_and_gradients(tested: RowOp) -> None:
+    """Summed, by image and row by row; a row that is skipped holds NaN."""
+    sample = batch_of(tested)
+
+    def step(*inputs: Tensor | None) -> tuple[Tensor, ...]:
+        rest = {"weight": sample.weight, **sample.params}
+        return tuple(tested(*inputs, keep=keep, **rest) for keep in (0, 1, 2))
+
+    found = []
+    for run in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
+        inputs = [
+            x.detach().clone().requires_grad_() if spec.grad and x is not None else x
+            for x, spec in zip(sample.inputs, tested.inputs, strict=True)
+        ]
+        if tested.skip:
+            with torch.no_grad():
+                inputs[0][sample.weight == 0] = torch.nan  # type: ignore[index]
+        outs = run(*inputs)
+        total = sum((i + 1) * out.square().sum() for i, out in enumerate(outs))
+        wanted = [x for x in inputs if x is not None and x.requires_grad]
+        found.append([*outs, *torch.autograd.grad(total, wanted)])
+    for ours, truth in zip(*found, strict=True):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-5 * truth.abs().max().item())
+
+
+def test_few_rows_asked_for_their_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(IMAGES, ANCHORS, 9, generator=generator)
+    label = torch.randint(0, 9, (IMAGES, ANCHORS), generator=generator)
+    asked = torch.zeros(IMAGES, ANCHORS)
+    asked[1, 3], asked[2, 0] = 2.0, -1.0
+
+    def step(x: Tensor) -> Tensor:
+        return (two_bin(x, label, None, None, keep=2, few=True) * asked).sum()
+
+    found = []
+    for run in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
+        x = logits.clone().requires_grad_()
+        found.append(torch.autograd.grad(run(x), x)[0])
+    torch.testing.assert_close(found[1], found[0])
+    assert (found[1] != 0).any(-1).sum() == 2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_kth_largest(compiled: bool) -> None:
+    run = torch.compile(kth_largest, backend="aot_eager") if compiled else kth_largest
+    x = torch.tensor([[3.0, 1.0, 2.0], [5.0, 5.0, 4.0], [1.0, torch.nan, 0.0], [7.0, 8.0, 9.0]])
+    k = torch.tensor([[2], [2], [1], [9]])
+    found = run(x, k).flatten()
+    assert found[2].isnan()
+    assert found[[0, 1, 3]].tolist() == [2.0, 5.0, 7.0]
+    assert run(x, k - k)[3] == 9.0  # the largest where none is asked for
+    assert run(torch.ones(0, 3), k[:0]).shape == (0, 1)
+    assert run(torch.ones(4, 0), k).shape == (4, 1)
+
+
+def test_memory_order() -> None:
+    assert _order(torch.ones(2, 5, 3)) == [0, 1, 2]
+    assert _order(torch.ones(2, 3, 5).transpose(1, 2)) == [0, 2, 1]
+    assert _order(torch.ones(4, 3, 2).permute(2, 0, 1)) == [1, 2, 0]
+    assert settled(torch.ones(2)).shape == (2,)
