@@ -4,24 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import backend
 from .memory import take
+from .opaque import opaque
 
 
 def first_set(mask: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Indices (n,) of the first n set entries of a 1-d mask, and whether there are that many.
 
-    The running count of set entries reaches k first at the k-th one; `nonzero` would ask the device
-    how many there are. Where there are fewer than n, the index is 0.
+    Where there are fewer than n, the index is 0.
     """
-    count = mask.to(torch.int32).cumsum(0)
-    rank = torch.arange(1, n + 1, device=mask.device, dtype=count.dtype)
-    index = torch.searchsorted(count, rank)
+    index = _first_set(mask, n)
     found = index < mask.numel()
     return torch.where(found, index, 0), found
+
+
+@opaque(
+    "(Tensor mask, SymInt n) -> Tensor", lambda mask, n: mask.new_empty((n,), dtype=torch.int64)
+)
+def _first_set(mask: Tensor, n: int) -> Tensor:
+    """Indices (n,) of the first n set entries, and the length of the mask for those beyond."""
+    if backend.is_cached_by_cpu(mask.device):
+        found = torch.from_numpy(np.flatnonzero(mask.numpy())[:n])
+        return torch.nn.functional.pad(found, (0, n - len(found)), value=mask.numel())
+    # The running count of set entries reaches k first at the k-th one; `nonzero` would ask the
+    # device how many there are.
+    count = mask.to(torch.int32).cumsum(0)
+    rank = torch.arange(1, n + 1, device=mask.device, dtype=count.dtype)
+    return torch.searchsorted(count, rank)
 
 
 def at_anchors(levels: Sequence[Tensor], index: Tensor) -> Tensor:
@@ -46,35 +60,25 @@ def at_anchors(levels: Sequence[Tensor], index: Tensor) -> Tensor:
     return out.movedim(-1, 1)
 
 
-@torch.library.custom_op("detloss_triton::settled", mutates_args=())
-def _settled(x: Tensor) -> Tensor:
+@opaque("(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape))
+def _copied(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
-
-
-@_settled.register_fake
-def _(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
 
 
 def settled(x: Tensor) -> Tensor:
     """x, which Inductor then computes once, and not again for each element it is broadcast to."""
-    return _settled(x) if torch.compiler.is_compiling() else x
+    return _copied(x) if torch.compiler.is_compiling() else x
 
 
 def kth_largest(x: Tensor, k: Tensor) -> Tensor:
-    """(N, 1): the k-th largest of each row of x (N, A), with k (N, 1) at most A taken as 1 to A."""
+    """(N, 1): the k-th largest of each row of x (N, A), for k (N, 1), clamped to [1, A]."""
     return _kth_largest(x, k.clamp(1, x.shape[1]))
 
 
-@torch.library.custom_op("detloss_triton::kth_largest", mutates_args=())
+@opaque("(Tensor x, Tensor k) -> Tensor", lambda x, k: x.new_empty(k.shape))
 def _kth_largest(x: Tensor, k: Tensor) -> Tensor:
-    # A host that is the device may look how many are needed; all are a sort.
     if x.numel() == 0:
         return x.new_zeros(k.shape)
+    # A host that is the device may look how many are needed; all are a sort.
     most = int(k.numpy().max()) if backend.is_cached_by_cpu(x.device) else x.shape[1]
     return x.topk(most, dim=1).values.gather(1, k - 1)
-
-
-@_kth_largest.register_fake
-def _(x: Tensor, k: Tensor) -> Tensor:
-    return x.new_empty(k.shape)

@@ -101,7 +101,7 @@ class CrossEntropyLoss(Loss):
             return self._sigmoid(
                 cls_score, label, weight, avg_factor, reduction_override, ignore_index
             )
-        kept = (label != ignore_index) & (label >= 0)
+        kept = _kept(label, ignore_index)
         if self.class_weight is not None:
             by_class = self._weights_for(cls_score)
             of_label = by_class[label.clamp(0, len(by_class) - 1)]
@@ -133,7 +133,7 @@ class CrossEntropyLoss(Loss):
         ignore_index: int,
     ) -> Tensor:
         """Entry by entry where a target or weight of each entry is given, else row by row."""
-        kept = (label >= 0) & (label != ignore_index)
+        kept = _kept(label, ignore_index)
         dense = label.dim() == score.dim()
         each = (override or self.reduction) == "none"
         if self.class_weight is None and not dense and not each and _is_row(weight, label):
@@ -172,6 +172,12 @@ class CrossEntropyLoss(Loss):
                 op, x, None, torch.ones_like(target), None, weight=weight * target * extra, **rest
             )
         return loss
+
+
+def _kept(label: Tensor, ignore_index: int) -> Tensor:
+    """Where a label or a target counts: a negative one never does."""
+    kept = label >= 0
+    return kept if ignore_index < 0 else kept & (label != ignore_index)
 
 
 def _is_row(weight: Tensor | None, label: Tensor) -> bool:

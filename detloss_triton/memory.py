@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backend
+from .opaque import opaque
 
 # Bytes from which on a tensor is mapped.
 _LARGE = 2**23
@@ -91,16 +92,14 @@ class _Take(torch.autograd.Function):
         return _untake(dout, ctx.shape, ctx.dim, index), None, None
 
 
-@torch.library.custom_op("detloss_triton::untake", mutates_args=())
+@opaque(
+    "(Tensor x, SymInt[] shape, int dim, Tensor index) -> Tensor",
+    lambda x, shape, dim, index: x.new_empty(shape),
+)
 def _untake(x: Tensor, shape: list[int], dim: int, index: Tensor) -> Tensor:
     """x added to zeros of a shape, where `take` took it."""
     zeros = zeros_like(x.new_empty(()).expand(shape))
     return zeros.scatter_add_(dim, index, x)
-
-
-@_untake.register_fake
-def _(x: Tensor, shape: list[int], dim: int, index: Tensor) -> Tensor:
-    return x.new_empty(shape)
 
 
 def _by_hand(device: torch.device) -> bool:

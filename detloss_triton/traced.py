@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import blocks
+from .opaque import opaque
 
 if TYPE_CHECKING:
     from .op import Call
@@ -97,12 +98,17 @@ class _Few(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
         call = ctx.call
-        gradients = iter(_gradients(call.op.name, weight, inputs, dout, list(ctx.wanted)))
+        gradients = iter(_row_gradients(call.op.name, weight, inputs, dout, list(ctx.wanted)))
         return None, None, *(next(gradients) if w else None for w in ctx.wanted)
 
 
-@torch.library.custom_op("detloss_triton::row_gradients", mutates_args=())
-def _gradients(
+@opaque(
+    "(str op, Tensor? weight, Tensor?[] inputs, Tensor dout, bool[] wanted) -> Tensor[]",
+    lambda op, weight, inputs, dout, wanted: [
+        torch.empty_like(x) for x, w in zip(inputs, wanted, strict=True) if w
+    ],
+)
+def _row_gradients(
     op: str,
     weight: Tensor | None,
     inputs: list[Tensor | None],
@@ -119,14 +125,3 @@ def _gradients(
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
         found = blocks.backward(call, weight, tuple(inputs), dout, wanted, None)
     return [g for g in found if g is not None]
-
-
-@_gradients.register_fake
-def _(
-    op: str,
-    weight: Tensor | None,
-    inputs: list[Tensor | None],
-    dout: Tensor,
-    wanted: list[bool],
-) -> list[Tensor]:
-    return [torch.empty_like(x) for x, w in zip(inputs, wanted, strict=True) if w and x is not None]

@@ -53,24 +53,28 @@ def two_bin(
         # Inductor fuses a comparison into its one loop; a gather's gradient is a loop of its own.
         # For two bins two gathers are faster.
         is_left = torch.arange(last + 1, device=index.device) == index.unsqueeze(-1)
-        loss = torch.where(is_left, x, 0).sum(-1) - norm
+        loss = torch.where(is_left, x, 0).sum(-1)
     else:
-        loss = x.gather(-1, index.unsqueeze(-1)).squeeze(-1) - norm
+        loss = x.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    if norm is not None:
+        loss = loss - norm
     loss = loss * (is_bin if weight_left is None else is_bin * weight_left)
     if weight_right is not None and last > 0:
-        at_right = x.gather(-1, (index + 1).clamp(max=last).unsqueeze(-1)).squeeze(-1) - norm
+        at_right = x.gather(-1, (index + 1).clamp(max=last).unsqueeze(-1)).squeeze(-1)
+        if norm is not None:
+            at_right = at_right - norm
         loss = loss + at_right * (weight_right * (is_bin & (index < last)))
     return -loss
 
 
-def _up_to_norm(logits: Tensor) -> tuple[Tensor, Tensor | float]:
-    """log_softmax as a difference: logits up to a constant of their row, and the row's norm.
+def _up_to_norm(logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    """log_softmax, or its two terms: logits up to a constant of their row, and the row's norm.
 
     Inductor so reads the logits twice, for the largest and for the sum; the picked entries are
     found on the way. In eager mode torch's own kernel is faster than the passes of this.
     """
     if not torch.compiler.is_compiling():
-        return logits.log_softmax(-1), 0.0
+        return logits.log_softmax(-1), None
     x = logits - logits.detach().amax(-1, keepdim=True)
     return x, x.exp().sum(-1).log()
 

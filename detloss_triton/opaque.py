@@ -1,0 +1,33 @@
+"""Functions that a compiled graph calls as operators, and does not look into."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def opaque(signature: str, fake: Callable[..., Any]) -> Callable[[_Function], _Function]:
+    """Declare the decorated function as an operator of its name; elsewhere it is called as it is.
+
+    Args:
+        signature: arguments and result in torch's schema language.
+        fake: of the same arguments, empty tensors like the results.
+    """
+
+    def declare(function: _Function) -> _Function:
+        name = f"detloss_triton::{function.__name__.strip('_')}"
+        operator = torch.library.custom_op(name, function, mutates_args=(), schema=signature)
+        operator.register_fake(fake)
+
+        @functools.wraps(function)
+        def call(*args: Any) -> Any:
+            return operator(*args) if torch.compiler.is_compiling() else function(*args)
+
+        return call  # type: ignore[return-value]
+
+    return declare
