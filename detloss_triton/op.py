@@ -249,7 +249,7 @@ class Call:
             **dict(self.params),
         )
         if torch.compiler.is_compiling() and losses.dim() > len(self.rows) and not self.op.values:
-            if self.keep:
+            if self.keep or not self.rows:
                 losses = losses.sum(-1)
             elif weight is not None:
                 # Left by the reference to be summed with the rows, in one loop.

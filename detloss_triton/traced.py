@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import blocks
 from .opaque import opaque
@@ -62,6 +63,7 @@ class _InForward(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         upstream = dout[(..., *[None] * ctx.summed)]
         scaled = (
@@ -95,6 +97,7 @@ class _Few(torch.autograd.Function):
         return call.whole(weight, *inputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
         call = ctx.call

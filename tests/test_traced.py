@@ -69,6 +69,20 @@ def test_the_same_losses_and_gradients(tested: RowOp) -> None:
         torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-5 * truth.abs().max().item())
 
 
+def test_one_row() -> None:
+    """Without row dimensions the entries of the one row are still summed."""
+    focal = REGISTRY["sigmoid_focal"]
+    assert isinstance(focal, RowOp)
+    x = torch.randn(5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+    def step(x: Tensor) -> Tensor:
+        return focal(x, torch.tensor(2), None, None, alpha=0.25, gamma=2.0)
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    assert compiled(x).shape == step(x).shape == ()
+    torch.testing.assert_close(compiled(x), step(x))
+
+
 def test_few_rows_asked_for_their_gradient() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(IMAGES, ANCHORS, 9, generator=generator)
