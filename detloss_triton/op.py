@@ -102,7 +102,7 @@ class RowOp(Op):
     """A loss (or a few values) per row, differentiable by the inputs declared with `grad`.
 
     Calling it: `op(*inputs, weight=None, keep=0, few=False, **params)`. `few` tells a compiled
-    graph that all rows are kept and few of them will be asked for their gradient.
+    graph that of all the rows kept few will be asked for their gradient; not with parameters.
 
     Shapes:
         inputs: (*rows, features) or (*rows,), any strides, any float dtype; None where optional.
@@ -146,6 +146,8 @@ class RowOp(Op):
     ) -> Tensor:
         rows = self._check(inputs, weight, keep)
         keep = len(rows) if self.values else keep
+        if few and (params or keep < len(rows)):
+            raise ValueError(f"{self.name}: few needs all rows kept, and an op without parameters")
         call = Call(self, tuple(sorted(params.items())), keep, rows, few)
         differentiable = [
             x for x, spec in zip(inputs, self.inputs, strict=True) if spec.grad and x is not None

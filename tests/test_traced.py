@@ -101,6 +101,16 @@ def test_few_rows_asked_for_their_gradient() -> None:
     assert (found[1] != 0).any(-1).sum() == 2
 
 
+def test_few_is_refused_where_it_cannot_hold() -> None:
+    x, label = torch.ones(4, 3), torch.zeros(4, dtype=torch.int64)
+    focal = REGISTRY["sigmoid_focal"]
+    assert isinstance(focal, RowOp)
+    with pytest.raises(ValueError, match="few needs all rows kept"):
+        two_bin(x, label, None, None, few=True)
+    with pytest.raises(ValueError, match="without parameters"):
+        focal(x, label, None, None, keep=1, few=True, alpha=0.25, gamma=2.0)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_kth_largest(compiled: bool) -> None:
     run = torch.compile(kth_largest, backend="aot_eager") if compiled else kth_largest

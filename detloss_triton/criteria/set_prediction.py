@@ -110,11 +110,10 @@ def matched_targets(target_of_query: Tensor, targets: Targets) -> Matched:
     labels = targets.labels.expand(n_layers, -1, -1).gather(2, index)
     boxes = targets.boxes.expand(n_layers, -1, -1, -1)
     boxes = boxes.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, 4))
-    labels = torch.where(matched, labels, -1)
     return Matched(
         target_of_query,
         matched,
-        labels,
+        torch.where(matched, labels, -1),
         torch.where(matched.unsqueeze(-1), boxes, 0),
     )
 

@@ -185,12 +185,13 @@ def match_cost(
     t_corners = _corners(t)
     p = [c.unsqueeze(2) for c in columns(boxes.to(dtype))]
     p_corners = _corners(p)
-    x = logits.gather(3, index.expand(*shape, n_queries, -1)).transpose(2, 3).to(dtype)
-    x = torch.where(is_class.unsqueeze(-1), x, 0)
     for layers in blocks.slices(shape[0], n_images * n_targets * n_queries, boxes.device):
+        of_layers = logits[layers]
+        x = of_layers.gather(3, index.expand(len(of_layers), -1, n_queries, -1)).transpose(2, 3)
+        x = torch.where(is_class.unsqueeze(-1), x.to(dtype), 0)
         for images in blocks.slices(n_images, n_targets * n_queries, boxes.device):
             at = (layers, images)
-            pos, neg = x[at].sigmoid(), (-x[at]).sigmoid()
+            pos, neg = x[:, images].sigmoid(), (-x[:, images]).sigmoid()
             pair_cost = cost_class * (
                 (1 - alpha) * pos.pow(gamma) * (neg + _LOG_EPS).log()
                 - alpha * neg.pow(gamma) * (pos + _LOG_EPS).log()
