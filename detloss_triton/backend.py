@@ -115,6 +115,11 @@ def is_cached_by_cpu(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def is_eager_cpu(device: torch.device) -> bool:
+    """Whether this runs on such a CPU as it is written, so that it may look at the data."""
+    return is_cached_by_cpu(device) and not torch.compiler.is_compiling()
+
+
 @dataclass(frozen=True)
 class Launch:
     """One recorded kernel launch: all that ahead-of-time compilation needs."""

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 # Elements of all temporaries of a block, which stay in cache together. Smaller blocks would spend
 # their time on the fixed cost of some 0.2 ms of small operations.
-ELEMENTS = 2**21
+ELEMENTS = 2**22
+
+# Rows from which on looking for those of weight zero costs less than their evaluation.
+FEW = 2**13
 
 # Temporaries of most formulas, each as large as the widest input.
 TEMPORARIES = 16
@@ -57,17 +60,26 @@ def everything(weight: Tensor | None, *inputs: Tensor | None) -> list[Part]:
 
 def where(mask: Tensor) -> tuple[Tensor, ...]:
     """Indices of a CPU mask's set entries, one tensor per dimension."""
-    flat = np.flatnonzero(mask.numpy())  # several dimensions at once take numpy ten times as long
-    return tuple(torch.from_numpy(index) for index in np.unravel_index(flat, tuple(mask.shape)))
+    # Several dimensions at once take numpy ten times as long.
+    found = np.unravel_index(flat_where(mask).numpy(), tuple(mask.shape))
+    return tuple(torch.from_numpy(index) for index in found)
 
 
-def pays(call: Call, inputs: _Inputs) -> bool:
-    """Whether the call is worth cutting: eager, on the CPU, and more than one block long."""
-    if torch.compiler.is_compiling() or not call.rows:
-        return False
-    widest = max(x.numel() for x in inputs if x is not None)
+def flat_where(mask: Tensor) -> Tensor:
+    """Indices of a CPU mask's set entries, as if it had one dimension."""
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))
+
+
+def pays(call: Call, weight: Tensor | None, inputs: _Inputs) -> bool:
+    """Whether the call is worth cutting, or looking which rows are alive: eager, on the CPU, and
+    more than one block or some hundred rows long.
+    """
     device = next(x.device for x in inputs if x is not None)
-    return widest > ELEMENTS // call.op.temporaries and backend.is_cached_by_cpu(device)
+    if not call.rows or not backend.is_eager_cpu(device):
+        return False
+    if call.op.skip and weight is not None and weight.numel() > FEW:
+        return True
+    return max(x.numel() for x in inputs if x is not None) > ELEMENTS // call.op.temporaries
 
 
 def _indices(rows: torch.Size, inputs: _Inputs, temporaries: int) -> Iterator[_Index]:
@@ -87,15 +99,17 @@ def _indices(rows: torch.Size, inputs: _Inputs, temporaries: int) -> Iterator[_I
             yield *outer, slice(start, start + step)
 
 
-def slices(n: int, width: int, device: torch.device) -> Iterator[slice]:
+def slices(
+    n: int, width: int, device: torch.device, temporaries: int = TEMPORARIES
+) -> Iterator[slice]:
     """Slices of n rows, with temporaries of `width` elements each, that stay in cache; one where
     cutting is no gain.
     """
-    if torch.compiler.is_compiling() or not backend.is_cached_by_cpu(device):
+    if not backend.is_eager_cpu(device):
         # Without a loop over n, which would make it a constant of the compiled graph.
         yield slice(None)
         return
-    step = max(ELEMENTS // max(width * TEMPORARIES, 1), 1)
+    step = max(ELEMENTS // max(width * temporaries, 1), 1)
     for start in range(0, n, step):
         yield slice(start, min(start + step, n))
 
@@ -113,15 +127,26 @@ def _few(part: Part, live: Tensor) -> Part:
     return Part(tuple(inputs), weight, at)
 
 
+class Ready(NamedTuple):
+    """Gradients by the inputs wanted, of all rows; or of those at an index, the others being 0."""
+
+    gradients: Gradients
+    at: tuple[Tensor, ...] | None
+
+
 def forward(
     call: Call, weight: Tensor | None, inputs: _Inputs, wanted: Sequence[bool]
-) -> tuple[Tensor, Gradients | None]:
-    """The losses; and where `_at_once`, the gradients of their sum by the inputs wanted."""
+) -> tuple[Tensor, Ready | None]:
+    """The losses; and where they are summed, the gradients of their sum."""
     parts = _parts(call, weight, inputs)
-    gradients = None
-    if any(wanted) and _at_once(call, parts):
-        gradients = memory.wanted_like(memory.empty_like, inputs, wanted)
-    return _run(call, parts, gradients), gradients
+    first = parts[0]
+    if not any(wanted) or not in_forward(call, first.inputs):
+        return _run(call, parts, None), None
+    if first.at is not None:
+        losses, some = _picked(call, first, first.at, wanted, None)
+        return losses, Ready(some, first.at)
+    gradients = memory.wanted_like(memory.empty_like, inputs, wanted)
+    return _run(call, parts, gradients), Ready(gradients, None)
 
 
 def backward(
@@ -130,20 +155,17 @@ def backward(
     inputs: _Inputs,
     dout: Tensor,
     wanted: Sequence[bool],
-    ready: Gradients | None,
+    ready: Ready | None,
 ) -> Gradients:
     """The gradients. `ready` are those that forward found: they are used up."""
     upstream = dout[(..., *[None] * (len(call.rows) - call.keep))]
-    parts = _parts(call, weight, inputs)
-    if _at_once(call, parts):
-        gradients = ready or forward(call, weight, inputs, wanted)[1]
-        assert gradients is not None
-        for g in gradients:
-            if g is not None:
-                g *= upstream[(..., *[None] * (g.dim() - upstream.dim()))]
-        return gradients
+    if ready is None and in_forward(call, inputs):
+        ready = forward(call, weight, inputs, wanted)[1]
+    if ready is not None:
+        return _scaled(call, inputs, upstream, ready)
     if not call.op.values:
         upstream = upstream.expand(call.rows)
+    parts = _parts(call, weight, inputs)
     if parts[0].at is None:
         live = (upstream != 0).any(-1) if call.op.values else upstream != 0
         few = _few(Part(inputs, weight), live if weight is None else live & (weight != 0))
@@ -154,20 +176,32 @@ def backward(
     return gradients
 
 
+def _scaled(call: Call, inputs: _Inputs, upstream: Tensor, ready: Ready) -> Gradients:
+    """The gradients found in forward, times the upstream gradient."""
+    if ready.at is not None:
+        upstream = upstream.expand(call.rows)[ready.at]
+    for g in ready.gradients:
+        if g is not None:
+            g *= upstream[(..., *[None] * (g.dim() - upstream.dim()))]
+    if ready.at is None:
+        return ready.gradients
+    wanted = [g is not None for g in ready.gradients]
+    gradients = memory.wanted_like(memory.zeros_like, inputs, wanted)
+    _put(gradients, ready.at, ready.gradients)
+    return gradients
+
+
+def _put(gradients: Gradients, at: tuple[Tensor, ...], some: Gradients) -> None:
+    """Write gradients of the rows, or single features, at an index."""
+    for g, values in zip(gradients, some, strict=True):
+        if g is not None and values is not None:
+            g[at] = values.view(len(values), *g.shape[len(at) :])
+
+
 def _parts(call: Call, weight: Tensor | None, inputs: _Inputs) -> list[Part]:
     if call.op.skip and weight is not None:
         return [_few(Part(inputs, weight), weight != 0)]
     return call.op.parts(weight, *inputs)
-
-
-def _at_once(call: Call, parts: list[Part]) -> bool:
-    """Whether the gradient is computed in forward, and scaled by the upstream gradient later.
-
-    Of losses that are summed every row will be asked for its gradient, and finding it at once saves
-    evaluating the row again. A loss per row may be asked for few rows only; and half precision has
-    to see the upstream gradient before it rounds.
-    """
-    return parts[0].at is None and in_forward(call, parts[0].inputs)
 
 
 def in_forward(call: Call, inputs: _Inputs) -> bool:
@@ -184,31 +218,42 @@ def _run(
     `upstream` is the upstream gradient of each row, 1 if None.
     """
     out = torch.zeros(call.out_shape, dtype=call.dtype(parts[0].inputs))
+    wanted = [g is not None for g in gradients or []]
     for part in parts:
-        if part.at is None:
-            out += _cut(call, part.weight, part.inputs, gradients, upstream)
-            if call.op.skip and part.weight is not None:
-                skipped = where(part.weight == 0)
-                for g in gradients or []:
-                    if g is not None:
-                        g[skipped] = 0
+        if part.at is not None:
+            losses, some = _picked(call, part, part.at, wanted, upstream)
+            out += losses
+            _put(gradients or [], part.at, some)
             continue
-        rows = part.at[: len(call.rows)]
-        wanted = [g is not None for g in gradients or []]
-        some = gradients and memory.wanted_like(torch.empty_like, part.inputs, wanted)
-        picked = replace(call, keep=1, rows=rows[0].shape)
-        above = None if upstream is None else upstream[rows]
-        losses = _cut(picked, part.weight, part.inputs, some, above)
-        if part.instead_of is not None:
-            losses -= _cut(picked, part.weight, part.instead_of, None, None)
-        # Summed from a tensor of all rows: adding at an index is not repeatable with threads.
-        each = losses.new_zeros((*call.rows, *losses.shape[1:]))
-        each[rows] = losses
-        out += call.summed(each)
-        for g, values in zip(gradients or [], some or [], strict=True):
-            if g is not None and values is not None:
-                g[part.at] = values.squeeze(-1) if len(part.at) > len(rows) else values
+        out += _cut(call, part.weight, part.inputs, gradients, upstream)
+        if call.op.skip and part.weight is not None:
+            skipped = where(part.weight == 0)
+            for g in gradients or []:
+                if g is not None:
+                    g[skipped] = 0
     return out
+
+
+def _picked(
+    call: Call,
+    part: Part,
+    at: tuple[Tensor, ...],
+    wanted: Sequence[bool],
+    upstream: Tensor | None,
+) -> tuple[Tensor, Gradients]:
+    """What a part of some rows adds to the losses, and the gradients by its own inputs."""
+    rows = at[: len(call.rows)]
+    some = memory.wanted_like(torch.empty_like, part.inputs, wanted) if any(wanted) else []
+    picked = replace(call, keep=1, rows=rows[0].shape)
+    losses = _cut(
+        picked, part.weight, part.inputs, some, None if upstream is None else upstream[rows]
+    )
+    if part.instead_of is not None:
+        losses -= _cut(picked, part.weight, part.instead_of, None, None)
+    # Summed from a tensor of all rows: adding at an index is not repeatable with threads.
+    each = losses.new_zeros((*call.rows, *losses.shape[1:]))
+    each[rows] = losses
+    return call.summed(each), some
 
 
 def _cut(

@@ -52,7 +52,7 @@ def wanted_like(
 def stack(tensors: Sequence[Tensor]) -> Tensor:
     """`torch.stack` along a new first dimension."""
     first, *others = tensors
-    if not _by_hand(first.device) or any(x.dtype != first.dtype for x in others):
+    if not backend.is_eager_cpu(first.device) or any(x.dtype != first.dtype for x in others):
         return torch.stack(list(tensors))
     out: Tensor = _Stack.apply(*tensors)
     return out
@@ -102,12 +102,8 @@ def _untake(x: Tensor, shape: list[int], dim: int, index: Tensor) -> Tensor:
     return zeros.scatter_add_(dim, index, x)
 
 
-def _by_hand(device: torch.device) -> bool:
-    return backend.is_cached_by_cpu(device) and not torch.compiler.is_compiling()
-
-
 def _is_mapped(x: Tensor) -> bool:
-    return x.numel() * x.element_size() >= _LARGE and _by_hand(x.device)
+    return x.numel() * x.element_size() >= _LARGE and backend.is_eager_cpu(x.device)
 
 
 def _mapped(x: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ class RowOp(Op):
         by_cpu = backend.is_cached_by_cpu(differentiable[0].device)
         if chosen == "torch" and torch.compiler.is_compiling() and by_cpu:
             return traced.evaluate(call, weight, inputs)
-        if chosen == "torch" and not blocks.pays(call, inputs):
+        if chosen == "torch" and not blocks.pays(call, weight, inputs):
             return call.whole(weight, *inputs)
         if not (torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)):
             # Cheaper; and where nothing requires a gradient Dynamo misreads a Function's arguments.

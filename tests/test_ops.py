@@ -259,6 +259,29 @@ def test_direct_parity(
                 assert torch.equal(a, exact)
 
 
+def test_pairs_that_lie_apart_are_as_if_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU leaves them out; boxes that touch, are inside out or NaN are not missed."""
+    tested = REGISTRY["task_aligned"]
+    generator = torch.Generator().manual_seed(0)
+    low = torch.rand(2, 300, 2, generator=generator) * 60
+    boxes = torch.cat([low, low + torch.rand(2, 300, 2, generator=generator) * 9 - 1], -1)
+    targets = boxes[:, ::25].round().clone()
+    targets[:, 0] = 0
+    boxes[:, 1, :2], boxes[:, 1, 2:] = targets[:, 1, 2:], targets[:, 1, 2:] + 3
+    boxes[1, 7, 2] = math.nan
+    logits = torch.randn(2, 12, 300, generator=generator)
+    anchors = (boxes[0, :, :2] + boxes[0, :, 2:]) / 2
+    for iou in ("ciou", "diou", "iou"):
+        params = {"iou": iou, "iou_power": 6.0, "class_power": 0.5}
+        found = tested.reference(boxes, logits, anchors, targets, **params)
+        with monkeypatch.context() as patch:
+            patch.setattr(backends, "is_eager_cpu", lambda device: False)
+            expected = tested.reference(boxes, logits, anchors, targets, **params)
+        for ours, dense in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, dense, rtol=1e-6, atol=1e-7, equal_nan=True)
+        assert found[1].isnan().all(1).tolist() == [False, True] and found[1][0].gt(0.1).any()
+
+
 @over_row_ops
 def test_float64_is_computed_in_float64(tested: RowOp, device: torch.device) -> None:
     sample = cast(samples(tested, 63, device)[0], torch.float64)
@@ -557,10 +580,39 @@ def test_blocks_equal_the_whole(
             for sample in samples(tested, math.prod(rows), device):
                 for keep in keeps:
                     shaped = reshaped(sample, rows)
-                    monkeypatch.setattr(blocks, "pays", lambda call, inputs: False)
+                    monkeypatch.setattr(blocks, "pays", lambda call, weight, inputs: False)
                     whole = computed(tested, shaped, keep)
-                    monkeypatch.setattr(blocks, "pays", lambda call, inputs: True)
+                    monkeypatch.setattr(blocks, "pays", lambda call, weight, inputs: True)
                     close(computed(tested, shaped, keep), whole)
+
+
+@over(*SKIPPING_OPS, name="tested")
+def test_few_rows_of_weight_are_evaluated_once(
+    tested: RowOp, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Summed, their gradient is found in forward; a second backward finds the same again."""
+    evaluations: list[bool] = []
+    cut = blocks._cut
+    monkeypatch.setattr(blocks, "_cut", lambda *a: evaluations.append(True) or cut(*a))
+    monkeypatch.setattr(blocks, "FEW", 8)
+    sample = reshaped(fullest(tested, 60, device), (3, 20))
+    weight = torch.arange(60.0, device=device).reshape(3, 20) * (torch.arange(20.0) % 7 == 2)
+    sample = Sample(sample.inputs, sample.params, weight)
+    with backends.use_backend("torch"):
+        for keep in (0, 1):
+            inputs = leaves_of(tested, sample)
+            leaves = [x for x in inputs if x is not None and x.requires_grad]
+            evaluations.clear()
+            out = tested(*inputs, weight=weight, keep=keep, **sample.params)
+            found = [
+                torch.autograd.grad(out, leaves, upstream_for(out), retain_graph=True)
+                for _ in range(2)
+            ]
+            assert len(evaluations) == (2 if device.type == "cpu" else 0)
+            assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+            with monkeypatch.context() as patch:
+                patch.setattr(blocks, "pays", lambda *a: False)
+                close([out.detach(), *found[0]], computed(tested, sample, keep))
 
 
 def test_blocks_are_small(monkeypatch: pytest.MonkeyPatch) -> None:

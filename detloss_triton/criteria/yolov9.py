@@ -221,9 +221,9 @@ def _weighted(per_head: Tensor, rates: Sequence[float]) -> Tensor:
 def _logits_of(labels: Tensor, head: Sequence[Level]) -> Tensor:
     """(B, T, A): the logits of each target's class, read from the levels in place."""
     n_classes = head[0][0].shape[1]
-    index = labels.clamp(0, n_classes - 1).unsqueeze(-1)
-    levels = [classes.detach().flatten(2) for classes, _, _ in head]
-    return torch.cat([x.gather(1, index.expand(-1, -1, x.shape[2])) for x in levels], 2)
+    index = labels.clamp(0, n_classes - 1)
+    image = torch.arange(len(labels), device=labels.device).unsqueeze(1)
+    return torch.cat([classes.detach().flatten(2)[image, index] for classes, _, _ in head], 2)
 
 
 class _Pairs:

@@ -62,19 +62,52 @@ def task_aligned(
     best = logits.new_zeros((n_images, n_targets), dtype=dtype)
     if n_anchors == 0:
         return metric, best
-    all_boxes = columns(boxes.to(dtype).unsqueeze(1))
-    all_targets = columns(targets.to(dtype).unsqueeze(2))
-    x, y = anchors.to(dtype).unbind(-1)
-    for image in blocks.slices(n_images, n_targets * n_anchors, boxes.device):
-        for rows in blocks.slices(n_targets, n_anchors, boxes.device):
+    # Coordinates first, so that each is a tensor of its own.
+    boxes, anchors, targets = (x.to(dtype).movedim(-1, 0) for x in (boxes, anchors, targets))
+    if not torch.compiler.is_compiling():
+        boxes, anchors, targets = boxes.contiguous(), anchors.contiguous(), targets.contiguous()
+
+    def scored(p: Tensor, t: Tensor, points: Tensor, of_label: Tensor) -> tuple[Tensor, Tensor]:
+        score = _SIMILARITY[iou](_columns(p), _columns(t)).clamp(0, 1)
+        x, y = points
+        inside = (x > t[0]) & (y > t[1]) & (x < t[2]) & (y < t[3])
+        pair = _power(score, iou_power) * of_label.to(dtype).sigmoid().pow(class_power)
+        return torch.where(inside, pair, 0), score
+
+    # Boxes that lie apart, as most do, have a similarity of 0: where it may look, this leaves them
+    # out, and of what all pairs then hold most is one byte wide.
+    looks = backend.is_eager_cpu(boxes.device)
+    held = blocks.TEMPORARIES // 4 if looks else blocks.TEMPORARIES
+    for image in blocks.slices(n_images, n_targets * n_anchors, boxes.device, held):
+        for rows in blocks.slices(n_targets, n_anchors, boxes.device, held):
             at = (image, rows)
-            p, t = _at(all_boxes, image), _at(all_targets, at)
-            score = _SIMILARITY[iou](p, t).clamp(0, 1)
-            inside = (x > t[0]) & (y > t[1]) & (x < t[2]) & (y < t[3])
-            pair = _power(score, iou_power) * logits[at].to(dtype).sigmoid().pow(class_power)
-            metric[at] = torch.where(inside, pair, 0)
-            best[at] = score.amax(-1)
+            p, t = boxes[:, image].unsqueeze(2), targets[:, image, rows].unsqueeze(3)
+            if not looks:
+                metric[at], score = scored(p, t, anchors, logits[at])
+                best[at] = score.amax(-1)
+                continue
+            pair = blocks.flat_where(~_apart(p, t))
+            row, anchor = pair // n_anchors, pair % n_anchors
+            value, score = scored(
+                p.flatten(1).index_select(1, row // t.shape[2] * n_anchors + anchor),
+                t.flatten(1).index_select(1, row),
+                anchors.index_select(1, anchor),
+                logits[at].flatten().index_select(0, pair),
+            )
+            metric[at].zero_().view(-1).scatter_(0, pair, value)
+            best[at].view(-1).scatter_reduce_(0, row, score, "amax")
     return metric, best
+
+
+def _columns(boxes: Tensor) -> Columns:
+    x1, y1, x2, y2 = boxes
+    return x1, y1, x2, y2
+
+
+def _apart(a: Tensor, b: Tensor) -> Tensor:
+    """Whether boxes (4, ...) have no point in common; not, where any coordinate is NaN."""
+    a, b = (box + 0 * box.sum(0) for box in (a, b))
+    return (a[0] >= b[2]) | (b[0] >= a[2]) | (a[1] >= b[3]) | (b[1] >= a[3])
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:
