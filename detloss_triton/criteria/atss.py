@@ -22,7 +22,7 @@ from detloss_triton.validate import (
     enabled,
 )
 
-from .levels import as_rows, check_levels, decoded, is_positive, run
+from .levels import as_rows, check_levels, decoded, is_positive, run, run_by_level
 
 # The quality of a positive whose box misses its target altogether.
 _MIN_QUALITY = 1e-6
@@ -105,7 +105,10 @@ class ATSSCriterion(nn.Module):
             bbox_targets=bbox_targets,
             valid_label_mask=valid_label_mask,
         )
-        positive = [is_positive(level, self.num_classes) for level in labels]
+        sizes = [level.shape[1] for level in labels]
+        # What is small is joined: an operation on all levels costs what one on a level does.
+        is_object = is_positive(torch.cat(list(labels), 1), self.num_classes)
+        positive = is_object.split(sizes, 1)
         if enabled():
             check(
                 self,
@@ -119,44 +122,36 @@ class ATSSCriterion(nn.Module):
                 valid_label_mask=NOT_NEGATIVE(valid_label_mask),
                 avg_factor=POSITIVE(avg_factor),
             )
-        centred = self._centerness_targets(anchors, bbox_targets, positive)
-        (box_norm,) = rank_means(torch.cat([level.flatten() for level in centred]).sum())
-        box_norm = box_norm.clamp(min=1)
-        losses: dict[str, list[Tensor]] = {"loss_cls": [], "loss_bbox": [], "loss_centerness": []}
-        for level, is_object in enumerate(positive):
-            # Deltas of background are not looked at, so that whatever they hold, its gradient is 0.
-            boxes = torch.where(is_object.unsqueeze(-1), as_rows(bbox_pred[level], 4), 0)
-            if self.reg_decoded_bbox:
-                boxes = decoded(self.bbox_coder, anchors[level], boxes)
-            weights = label_weights[level]
-            if self.bg_loss_weight >= 0:
-                is_background = labels[level] == self.num_classes
-                weights = torch.where(is_background, self.bg_loss_weight, weights)
-            losses["loss_cls"].append(
+        grid, targets = torch.cat(list(anchors), 1), torch.cat(list(bbox_targets), 1)
+        with torch.no_grad():
+            centred = torch.where(is_object, self.centerness_target(grid, targets), 0)
+        (box_norm,) = rank_means(centred.sum())
+        # Deltas of background are not looked at, so that whatever they hold, its gradient is 0.
+        deltas = torch.cat([as_rows(level, 4) for level in bbox_pred], 1)
+        boxes = torch.where(is_object.unsqueeze(-1), deltas, 0)
+        if self.reg_decoded_bbox:
+            boxes = decoded(self.bbox_coder, grid, boxes)
+        box_losses = run_by_level(
+            *(self.loss_bbox, boxes, targets, sizes), weight=centred, avg_factor=1.0
+        )
+        return {
+            "loss_cls": [
                 self._loss_cls(
                     as_rows(cls_score[level], self.cls_out_channels),
-                    labels[level],
-                    weights,
-                    valid_label_mask[level],
-                    avg_factor,
-                    is_object,
-                    boxes,
-                    bbox_targets[level],
+                    *(labels[level], label_weights[level], valid_label_mask[level], avg_factor),
+                    *(positive[level], boxes_here, bbox_targets[level]),
                 )
-            )
-            box_loss = run(
-                *(self.loss_bbox, boxes, bbox_targets[level]), weight=centred[level], avg_factor=1.0
-            )
-            losses["loss_bbox"].append(box_loss / box_norm)
-            losses["loss_centerness"].append(
-                run(
-                    *(self.loss_centerness, as_rows(centerness[level], 1).squeeze(-1)),
-                    centred[level],
-                    weight=is_object.to(centred[level].dtype),
-                    avg_factor=avg_factor,
-                )
-            )
-        return losses
+                for level, boxes_here in enumerate(boxes.split(sizes, 1))
+            ],
+            "loss_bbox": [loss / box_norm.clamp(min=1) for loss in box_losses],
+            "loss_centerness": run_by_level(
+                self.loss_centerness,
+                torch.cat([as_rows(level, 1).squeeze(-1) for level in centerness], 1),
+                *(centred, sizes),
+                weight=is_object.to(centred.dtype),
+                avg_factor=avg_factor,
+            ),
+        }
 
     def _loss_cls(
         self,
@@ -169,6 +164,8 @@ class ATSSCriterion(nn.Module):
         boxes: Tensor,
         targets: Tensor,
     ) -> Tensor:
+        if self.bg_loss_weight >= 0:
+            weights = torch.where(labels == self.num_classes, self.bg_loss_weight, weights)
         if self.use_qfl:
             with torch.no_grad():
                 missed = iou_loss(
@@ -182,18 +179,6 @@ class ATSSCriterion(nn.Module):
         if self.use_sigmoid_cls:
             kwargs["valid_label_mask"] = valid_label_mask
         return run(self.loss_cls, scores, labels, **kwargs)
-
-    def _centerness_targets(
-        self, anchors: Sequence[Tensor], targets: Sequence[Tensor], positive: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """Per level (N, n): the centerness of positives, 0 elsewhere; all levels in one go."""
-        sizes = [level.shape[1] for level in anchors]
-        with torch.no_grad():
-            values = self.centerness_target(
-                torch.cat(list(anchors), 1), torch.cat(list(targets), 1)
-            )
-            values = torch.where(torch.cat(list(positive), 1), values, 0)
-        return list(values.split(sizes, 1))
 
     def centerness_target(self, anchors: Tensor, gts: Tensor) -> Tensor:
         """sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) of anchor centres in boxes.

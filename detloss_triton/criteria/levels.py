@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from detloss_triton.coders import DeltaXYWHBBoxCoder, DistancePointBBoxCoder
 from detloss_triton.losses import Loss
+from detloss_triton.reduction import EPS32
 
 
 def as_rows(x: Tensor, features: int) -> Tensor:
@@ -41,6 +42,26 @@ def run(module: nn.Module, pred: Tensor, target: Any, **kwargs: Any) -> Tensor:
         return x.reshape(-1, *x.shape[2:]) if isinstance(x, Tensor) and x.dim() > 1 else x
 
     return module(flat(pred), flat(target), **{k: flat(v) for k, v in kwargs.items()})
+
+
+def run_by_level(
+    module: nn.Module,
+    pred: Tensor,
+    target: Tensor,
+    sizes: Sequence[int],
+    *,
+    weight: Tensor,
+    avg_factor: float | Tensor,
+) -> list[Tensor]:
+    """A loss of each level, from joined (batch, anchors) rows with `sizes` anchors per level.
+
+    Ours evaluates all levels at once.
+    """
+    if isinstance(module, Loss) and module.reduction == "mean":
+        each = module(pred, target, weight=weight, reduction_override="none")
+        return [level.sum() / (avg_factor + EPS32) for level in each.split(sizes, 1)]
+    levels = zip(*(x.split(sizes, 1) for x in (pred, target, weight)), strict=True)
+    return [run(module, p, t, weight=w, avg_factor=avg_factor) for p, t, w in levels]
 
 
 def decoded(coder: Any, anchors: Tensor, codes: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from detloss_triton.validate import (
     enabled,
 )
 
-from .levels import as_rows, check_levels, is_positive, run
+from .levels import as_rows, check_levels, is_positive, run, run_by_level
 
 
 class RTMDetCriterion(nn.Module):
@@ -74,10 +74,11 @@ class RTMDetCriterion(nn.Module):
         for x, y in stride:
             if x != y:
                 raise ValueError(f"stride must be the same in x and y, got {(x, y)}")
-        box_weights = [
-            torch.where(is_positive(label, self.num_classes), metric, 0)
-            for label, metric in zip(labels, assign_metrics, strict=True)
-        ]
+        sizes = [level.shape[1] for level in labels]
+        # What is small is joined: an operation on all levels costs what one on a level does.
+        metric = torch.cat(list(assign_metrics), 1)
+        is_object = is_positive(torch.cat(list(labels), 1), self.num_classes)
+        box_weights = torch.where(is_object, metric, 0)
         if enabled():
             check(
                 self,
@@ -86,28 +87,27 @@ class RTMDetCriterion(nn.Module):
                 labels=a_class_or_background(self.num_classes)(labels, label_weights),
                 label_weights=NOT_NEGATIVE(label_weights),
                 assign_metrics=NOT_NEGATIVE(assign_metrics),
-                bbox_targets=XYXY(bbox_targets, box_weights),
+                bbox_targets=XYXY(bbox_targets, box_weights.split(sizes, 1)),
             )
-        cls_norm, box_norm = rank_means(
-            torch.cat([metric.flatten() for metric in assign_metrics]).sum(),
-            torch.cat([weight.flatten() for weight in box_weights]).sum(),
-        )
-        losses: dict[str, list[Tensor]] = {"loss_cls": [], "loss_bbox": []}
-        for level, weights in enumerate(box_weights):
-            cls_loss = run(
+        cls_norm, box_norm = rank_means(metric.sum(), box_weights.sum())
+        cls_losses = [
+            run(
                 self.loss_cls,
-                as_rows(cls_score[level], self.cls_out_channels),
+                as_rows(scores, self.cls_out_channels),
                 (labels[level], assign_metrics[level]),
                 weight=label_weights[level],
                 avg_factor=1.0,
             )
-            box_loss = run(
-                self.loss_bbox,
-                as_rows(bbox_pred[level], 4),
-                bbox_targets[level],
-                weight=weights,
-                avg_factor=1.0,
-            )
-            losses["loss_cls"].append(cls_loss / cls_norm.clamp(min=1))
-            losses["loss_bbox"].append(box_loss / box_norm.clamp(min=1))
-        return losses
+            for level, scores in enumerate(cls_score)
+        ]
+        box_losses = run_by_level(
+            self.loss_bbox,
+            torch.cat([as_rows(level, 4) for level in bbox_pred], 1),
+            *(torch.cat(list(bbox_targets), 1), sizes),
+            weight=box_weights,
+            avg_factor=1.0,
+        )
+        return {
+            "loss_cls": [loss / cls_norm.clamp(min=1) for loss in cls_losses],
+            "loss_bbox": [loss / box_norm.clamp(min=1) for loss in box_losses],
+        }
