@@ -92,7 +92,7 @@ def _indices(rows: torch.Size, inputs: _Inputs, temporaries: int) -> Iterator[_I
     while axis > 0 and width * rows[axis] <= elements:
         width *= rows[axis]
         axis -= 1
-    n_blocks = math.ceil(rows[axis] * width / elements)
+    n_blocks = math.ceil(rows[axis] / max(elements // width, 1))
     step = math.ceil(rows[axis] / n_blocks)
     for outer in itertools.product(*(range(n) for n in rows[:axis])):
         for start in range(0, rows[axis], step):
@@ -250,6 +250,8 @@ def _picked(
     )
     if part.instead_of is not None:
         losses -= _cut(picked, part.weight, part.instead_of, None, None)
+    if call.keep == 0:
+        return losses.sum(), some
     # Summed from a tensor of all rows: adding at an index is not repeatable with threads.
     each = losses.new_zeros((*call.rows, *losses.shape[1:]))
     each[rows] = losses

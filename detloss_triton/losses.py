@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .boxes import ltrb
 from .functional import check_iou_mode, two_bins
-from .gather import first_set
+from .gather import all_set, first_set
 from .ops import classification, distribution, regression
 from .reduction import EPS32, check_reduction, reduced
 
@@ -157,9 +157,9 @@ class CrossEntropyLoss(Loss):
             kept = kept.unsqueeze(-1).expand(score.shape)
         if weight is not None:
             weight = weight.unsqueeze(-1) if weight.dim() < score.dim() else weight
-            weight = weight.expand(score.shape) * kept
-        else:
-            weight = kept
+            weight = weight.expand(score.shape)
+        if not all_set(kept):
+            weight = kept if weight is None else weight * kept
         if avg_factor is None and self.avg_non_ignore and not self._keeps_all(override):
             avg_factor = kept.sum()
         rest: dict[str, Any] = {"avg_factor": avg_factor, "override": override}
@@ -168,8 +168,9 @@ class CrossEntropyLoss(Loss):
         if self.class_weight is not None:
             # pos_weight multiplies the positive part t softplus(-x) = t BCE(x, 1) only.
             extra = self._weights_for(score) - 1
+            weight = target * extra if weight is None else weight * target * extra
             loss = loss + self._reduced(
-                op, x, None, torch.ones_like(target), None, weight=weight * target * extra, **rest
+                op, x, None, torch.ones_like(target), None, weight=weight, **rest
             )
         return loss
 

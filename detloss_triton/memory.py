@@ -24,7 +24,7 @@ from . import backend
 from .opaque import opaque
 
 # Bytes from which on a tensor is mapped.
-_LARGE = 2**23
+_LARGE = 2**21
 
 # Mappings that no tensor uses; to be chosen from under the lock, as backward may run in any thread.
 _free: list[mmap.mmap] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from detloss_triton.gather import first_set
+from detloss_triton.gather import all_set, first_set
 from detloss_triton.losses import CrossEntropyLoss, IoULoss, L1Loss
 from detloss_triton.memory import take
 from detloss_triton.validate import (
@@ -99,7 +99,7 @@ class YOLOXCriterion(nn.Module):
                 num_total_samples=POSITIVE(num_total_samples),
             )
         index, found = first_set(pos_masks.flatten(), n_positive)
-        weight = found.to(torch.float32)
+        weight = None if all_set(found) else found.to(torch.float32)
         boxes = _rows(flatten_bboxes, index)
         classes = _rows(flatten_cls_preds, index)
         loss = {
@@ -119,5 +119,5 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return take(x.reshape(-1, features), 0, index.unsqueeze(-1).expand(-1, features))
 
 
-def _like(weight: Tensor, rows: Tensor) -> Tensor:
-    return weight.unsqueeze(-1).expand(rows.shape)
+def _like(weight: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if weight is None else weight.unsqueeze(-1).expand(rows.shape)
