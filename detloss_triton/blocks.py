@@ -70,6 +70,14 @@ def flat_where(mask: Tensor) -> Tensor:
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
+def factor(x: Tensor | None) -> Tensor | None:
+    """A factor on a CPU; None where it is 1 everywhere, as most masks and weights are."""
+    if x is None or x.numel() == 0:
+        return x
+    extremes = torch.stack(x.aminmax()).double().numpy()
+    return None if (extremes == 1).all() else x
+
+
 def pays(call: Call, weight: Tensor | None, inputs: _Inputs) -> bool:
     """Whether the call is worth cutting, or looking which rows are alive: eager, on the CPU, and
     more than one block or some hundred rows long.

@@ -158,6 +158,8 @@ class RowOp(Op):
             return traced.evaluate(call, weight, inputs)
         if chosen == "torch" and not blocks.pays(call, weight, inputs):
             return call.whole(weight, *inputs)
+        if chosen == "torch":
+            weight = blocks.factor(weight)
         if not (torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)):
             # Cheaper; and where nothing requires a gradient Dynamo misreads a Function's arguments.
             out, _ = _MODULES[chosen].forward(call, weight, inputs, [False] * len(inputs))

@@ -831,3 +831,24 @@ def test_arguments_are_checked_before_anything_runs(backend: str, device: torch.
         giou(boxes, boxes, keep=2, eps=1e-6)
     with pytest.raises(ValueError, match=r"pred needs a last dimension, got shape \(\)"):
         giou(score[0], score[0], eps=1e-6)
+
+
+def test_factors_of_one_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask and weights of ones cost nothing; of any other value they count."""
+    ones, half = torch.ones(3, 20), torch.full((3, 20), 0.5)
+    assert blocks.factor(None) is None and blocks.factor(ones.to(torch.bfloat16)) is None
+    for kept in (half, ones.index_fill(1, torch.tensor([7]), math.nan), torch.zeros(0)):
+        assert blocks.factor(kept) is kept
+    assert blocks.factor(torch.tensor([True, False])) is not None
+    focal = REGISTRY["sigmoid_focal"]
+    assert isinstance(focal, RowOp)
+    logits = torch.randn(3, 20, 5, generator=torch.Generator().manual_seed(0))
+    label = torch.arange(60).reshape(3, 20) % 7
+    monkeypatch.setattr(blocks, "ELEMENTS", 64)
+    with backends.use_backend("torch"):
+        results = [
+            computed(focal, Sample((logits, label, None, mask), {"alpha": 0.25, "gamma": 2.0}, w))
+            for mask, w in ((None, None), (torch.ones(3, 20, 5), ones), (None, half))
+        ]
+    assert all(torch.equal(a, b) for a, b in zip(results[0], results[1], strict=True))
+    close([2 * x for x in results[2]], results[0])

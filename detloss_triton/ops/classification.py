@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detloss_triton.backend import kernels
-from detloss_triton.blocks import Part, everything, where
+from detloss_triton.blocks import Part, everything, factor, where
 from detloss_triton.launch import TILE, Tile, power_of_2
 from detloss_triton.op import Input, Sample, row_loss
 
@@ -88,6 +88,7 @@ def _by_label(
     """
     if label is None:
         return everything(weight, logits, label, score, mask)
+    mask = factor(mask)
     rows = where((label >= 0) & (label < logits.shape[-1]))
     at = (*rows, label[rows].long())
     x, m = (None if t is None else t[at].unsqueeze(-1) for t in (logits, mask))
