@@ -8,6 +8,8 @@ GPU. On other devices, and for smaller tensors, these functions are torch's own.
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import mmap
 import threading
 import weakref
@@ -23,12 +25,22 @@ from torch.autograd.function import once_differentiable
 from . import backend
 from .opaque import opaque
 
-# Bytes from which on a tensor is mapped.
-_LARGE = 2**21
+# Bytes from which on a tensor is mapped, and beyond which its memory is not to be kept.
+_LARGE, _HUGE = 2**21, 2**28
 
-# Mappings that no tensor uses; to be chosen from under the lock, as backward may run in any thread.
-_free: list[mmap.mmap] = []
+# Up to so many threads of torch's write zeros slower than one of libc's, which does not read first
+# what it overwrites: here two took more than twice as long.
+_FEW_THREADS = 4
+
+# A mapping that was not chosen while so many were chosen or freed is given back: it is of another
+# size than the last few steps had.
+_KEPT = 64
+
+# Mappings that no tensor uses, each with the tick of its release; to be chosen from under the lock,
+# as backward may run in any thread.
+_free: list[tuple[int, mmap.mmap]] = []
 _choosing = threading.Lock()
+_ticks = itertools.count()
 
 
 def empty_like(x: Tensor) -> Tensor:
@@ -36,7 +48,11 @@ def empty_like(x: Tensor) -> Tensor:
 
 
 def zeros_like(x: Tensor) -> Tensor:
-    return empty_like(x).zero_()
+    out = empty_like(x)
+    if not _is_mapped(x) or torch.get_num_threads() > _FEW_THREADS:
+        return out.zero_()
+    ctypes.memset(out.data_ptr(), 0, out.numel() * out.element_size())
+    return out
 
 
 def wanted_like(
@@ -58,10 +74,28 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
     return out
 
 
+def cat(rows: Sequence[Sequence[Tensor]]) -> Tensor:
+    """`torch.cat([torch.cat(row, -1) for row in rows])`, without inner copies and a gradient."""
+    pieces = [[x.detach() for x in row] for row in rows]
+    first = pieces[0][0]
+    mixed = any(x.dtype != first.dtype for row in pieces for x in row)
+    if mixed or not backend.is_eager_cpu(first.device):
+        return torch.cat([torch.cat(row, -1) for row in pieces])
+    depths = [len(row[0]) for row in pieces]
+    shape = sum(depths), *first.shape[1:-1], sum(x.shape[-1] for x in pieces[0])
+    out = empty_like(first.new_empty(()).expand(shape))
+    for row, part in zip(pieces, out.split(depths), strict=True):
+        torch.cat(row, -1, out=part)
+    return out
+
+
 def take(x: Tensor, dim: int, index: Tensor) -> Tensor:
-    """`x.gather(dim, index)`; its gradient is added to zeros, torch's to a copy of them."""
+    """`x.gather(dim, index)`, or `x.index_select(dim, index)` with an index of one dimension.
+
+    Its gradient is added to zeros, torch's to a copy of them.
+    """
     if not backend.is_cached_by_cpu(x.device):
-        return x.gather(dim, index)
+        return _taken(x, dim, index)
     out: Tensor = _Take.apply(x, dim, index)
     return out
 
@@ -78,12 +112,16 @@ class _Stack(torch.autograd.Function):
         return dout.unbind()
 
 
+def _taken(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    return x.index_select(dim, index) if index.dim() == 1 else x.gather(dim, index)
+
+
 class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
         ctx.shape, ctx.dim = x.shape, dim
-        return x.gather(dim, index)
+        return _taken(x, dim, index)
 
     @staticmethod
     @once_differentiable
@@ -99,11 +137,14 @@ class _Take(torch.autograd.Function):
 def _untake(x: Tensor, shape: list[int], dim: int, index: Tensor) -> Tensor:
     """x added to zeros of a shape, where `take` took it."""
     zeros = zeros_like(x.new_empty(()).expand(shape))
+    if index.dim() == 1:
+        return zeros.index_add_(dim, index, x)
     return zeros.scatter_add_(dim, index, x)
 
 
 def _is_mapped(x: Tensor) -> bool:
-    return x.numel() * x.element_size() >= _LARGE and backend.is_eager_cpu(x.device)
+    n_bytes = x.numel() * x.element_size()
+    return _LARGE <= n_bytes <= _HUGE and backend.is_eager_cpu(x.device)
 
 
 def _mapped(x: Tensor) -> Tensor:
@@ -111,18 +152,23 @@ def _mapped(x: Tensor) -> Tensor:
     n_bytes = x.numel() * x.element_size()
     mapping = _mapping(n_bytes)
     owner = np.frombuffer(mapping, np.uint8, n_bytes)
-    weakref.finalize(owner, _free.append, mapping).atexit = False
+    weakref.finalize(owner, _release, mapping).atexit = False
     layout = torch.empty_like(x, device="meta").stride()
     return torch.from_numpy(owner).view(x.dtype).as_strided(x.shape, layout)
 
 
+def _release(mapping: mmap.mmap) -> None:
+    _free.append((next(_ticks), mapping))
+
+
 def _mapping(n_bytes: int) -> mmap.mmap:
-    """A free mapping of about this size. Where there is none, the others are given back."""
+    """The smallest free mapping that is not much too large, or a new one."""
     with _choosing:
-        for i, mapping in enumerate(_free):
-            if n_bytes <= len(mapping) <= 2 * n_bytes:
-                return _free.pop(i)
-        _free.clear()
+        now = next(_ticks)
+        fitting = [i for i, (_, m) in enumerate(_free) if n_bytes <= len(m) <= 2 * n_bytes]
+        if fitting:
+            return _free.pop(min(fitting, key=lambda i: len(_free[i][1])))[1]
+        _free[:] = [(freed, m) for freed, m in _free if now - freed < _KEPT]
     if not hasattr(mmap, "MAP_ANONYMOUS"):
         return mmap.mmap(-1, n_bytes)
     # Private: a forked process has gradients of its own.

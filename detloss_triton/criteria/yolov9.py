@@ -12,6 +12,7 @@ from detloss_triton.functional import two_bins
 from detloss_triton.gather import at_anchors
 from detloss_triton.losses import YOLOV9_EPS, BCELoss, BoxLoss, DFLoss
 from detloss_triton.matchers import BoxMatcher, Candidates, real_boxes
+from detloss_triton.memory import cat
 from detloss_triton.ops.classification import binary_cross_entropy
 from detloss_triton.ops.coding import distance_decode
 from detloss_triton.ops.distribution import two_bin
@@ -131,7 +132,7 @@ class YOLOv9Criterion(nn.Module):
         with torch.no_grad():
             found = self.matcher.match(
                 torch.cat([self.vec2box.decode(head) for head in heads]),
-                torch.cat([_logits_of(labels, head) for head in heads]),
+                cat([_logits_of(labels, head) for head in heads]),
                 gt_boxes.repeat(n_heads, 1, 1),
             )
             norm = _by_head(found.score, heads).sum((1, 2))
@@ -218,12 +219,12 @@ def _weighted(per_head: Tensor, rates: Sequence[float]) -> Tensor:
     return main + aux[0] * rates[1] if aux else main
 
 
-def _logits_of(labels: Tensor, head: Sequence[Level]) -> Tensor:
-    """(B, T, A): the logits of each target's class, read from the levels in place."""
+def _logits_of(labels: Tensor, head: Sequence[Level]) -> list[Tensor]:
+    """(B, T, n) per level: the logits of each target's class, read in place."""
     n_classes = head[0][0].shape[1]
     index = labels.clamp(0, n_classes - 1)
     image = torch.arange(len(labels), device=labels.device).unsqueeze(1)
-    return torch.cat([classes.detach().flatten(2)[image, index] for classes, _, _ in head], 2)
+    return [classes.detach().flatten(2)[image, index] for classes, _, _ in head]
 
 
 class _Pairs:

@@ -115,8 +115,7 @@ class YOLOXCriterion(nn.Module):
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     """Some anchors (P, features) of (N, A, features)."""
-    features = x.shape[-1]
-    return take(x.reshape(-1, features), 0, index.unsqueeze(-1).expand(-1, features))
+    return take(x.flatten(0, 1), 0, index)
 
 
 def _like(weight: Tensor | None, rows: Tensor) -> Tensor | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detloss_triton import backend, blocks
+from detloss_triton import backend, blocks, memory
 from detloss_triton.backend import kernels
 from detloss_triton.boxes import Columns, columns
 from detloss_triton.op import Sample, direct
@@ -58,7 +58,7 @@ def task_aligned(
     """
     n_images, n_targets, n_anchors = logits.shape
     dtype = torch.float64 if boxes.dtype == torch.float64 else torch.float32
-    metric = logits.new_empty(logits.shape, dtype=dtype)
+    metric = memory.empty_like(logits.new_empty((), dtype=dtype).expand(logits.shape))
     best = logits.new_zeros((n_images, n_targets), dtype=dtype)
     if n_anchors == 0:
         return metric, best
