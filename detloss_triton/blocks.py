@@ -80,7 +80,7 @@ def factor(x: Tensor | None) -> Tensor | None:
 
 def pays(call: Call, weight: Tensor | None, inputs: _Inputs) -> bool:
     """Whether the call is worth cutting, or looking which rows are alive: eager, on the CPU, and
-    more than one block or some hundred rows long.
+    more than one block, or where rows may be skipped more than `FEW`, long.
     """
     device = next(x.device for x in inputs if x is not None)
     if not call.rows or not backend.is_eager_cpu(device):
@@ -147,9 +147,9 @@ def forward(
 ) -> tuple[Tensor, Ready | None]:
     """The losses; and where they are summed, the gradients of their sum."""
     parts = _parts(call, weight, inputs)
-    first = parts[0]
-    if not any(wanted) or not in_forward(call, first.inputs):
+    if not any(wanted) or not in_forward(call, inputs):
         return _run(call, parts, None), None
+    first = parts[0]
     if first.at is not None:
         losses, some = _picked(call, first, first.at, wanted, None)
         return losses, Ready(some, first.at)
