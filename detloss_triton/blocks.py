@@ -71,8 +71,8 @@ def flat_where(mask: Tensor) -> Tensor:
 
 
 def factor(x: Tensor | None) -> Tensor | None:
-    """A factor on a CPU; None where it is 1 everywhere, as most masks and weights are."""
-    if x is None or x.numel() == 0:
+    """A mask or weights; None where a CPU sees that they are 1 everywhere, as most are."""
+    if x is None or x.numel() == 0 or not backend.is_eager_cpu(x.device):
         return x
     extremes = torch.stack(x.aminmax()).double().numpy()
     return None if (extremes == 1).all() else x
@@ -213,7 +213,12 @@ def _parts(call: Call, weight: Tensor | None, inputs: _Inputs) -> list[Part]:
 
 
 def in_forward(call: Call, inputs: _Inputs) -> bool:
-    """Whether losses and inputs are such that the gradient may be computed in forward."""
+    """Whether the gradient is computed in forward, and scaled by the upstream gradient later.
+
+    Of losses that are summed every row will be asked for its gradient, and finding it at once saves
+    evaluating the row again. A loss per row may be asked for few rows only; and half precision has
+    to see the upstream gradient before it rounds.
+    """
     half = any(x is not None and x.dtype in (torch.float16, torch.bfloat16) for x in inputs)
     return call.keep < len(call.rows) and not half
 

@@ -38,11 +38,6 @@ def _first_set(mask: Tensor, n: int) -> Tensor:
     return torch.searchsorted(count, rank)
 
 
-def all_set(mask: Tensor) -> bool:
-    """Whether it can be seen without waiting, which takes a CPU, that every entry is set."""
-    return backend.is_eager_cpu(mask.device) and bool(mask.numpy().all())
-
-
 def at_anchors(levels: Sequence[Tensor], index: Tensor) -> Tensor:
     """Features of some anchors of an image, without joining its levels.
 

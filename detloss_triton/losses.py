@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .blocks import factor
 from .boxes import ltrb
 from .functional import check_iou_mode, two_bins
-from .gather import all_set, first_set
+from .gather import first_set
 from .ops import classification, distribution, regression
 from .reduction import EPS32, check_reduction, reduced
 
@@ -158,7 +159,7 @@ class CrossEntropyLoss(Loss):
         if weight is not None:
             weight = weight.unsqueeze(-1) if weight.dim() < score.dim() else weight
             weight = weight.expand(score.shape)
-        if not all_set(kept):
+        if factor(kept) is not None:
             weight = kept if weight is None else weight * kept
         if avg_factor is None and self.avg_non_ignore and not self._keeps_all(override):
             avg_factor = kept.sum()

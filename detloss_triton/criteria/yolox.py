@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from detloss_triton.gather import all_set, first_set
+from detloss_triton.blocks import factor
+from detloss_triton.gather import first_set
 from detloss_triton.losses import CrossEntropyLoss, IoULoss, L1Loss
 from detloss_triton.memory import take
 from detloss_triton.validate import (
@@ -99,7 +100,7 @@ class YOLOXCriterion(nn.Module):
                 num_total_samples=POSITIVE(num_total_samples),
             )
         index, found = first_set(pos_masks.flatten(), n_positive)
-        weight = None if all_set(found) else found.to(torch.float32)
+        weight = factor(found.to(torch.float32))
         boxes = _rows(flatten_bboxes, index)
         classes = _rows(flatten_cls_preds, index)
         loss = {
