@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -117,13 +118,29 @@ def _distillation_samples(rows: int, generator: torch.Generator) -> Iterator[Sam
 def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 KL(softmax(teacher / T) || softmax(student / T)).
 
-    = T^2 (sum_i p_i (t_i - x_i) + logsumexp(x) - logsumexp(t)): in this form a student that equals
-    its teacher has a gradient of exactly 0, and not the rounding error of sum p = 1.
+    Its gradient is T (q - p) by definition: so a student that equals its teacher has one of exactly
+    0, and not the rounding error of sum p = 1.
     """
-    x, t = student / temperature, teacher / temperature
-    norm_x, norm_t = x.logsumexp(-1), t.logsumexp(-1)
-    p = (t - norm_t.unsqueeze(-1)).exp()
-    return temperature**2 * ((p * (t - x)).sum(-1) + (norm_x - norm_t))
+    with torch.no_grad():
+        x, q, log_x = _softmax(student, temperature)
+        t, p, log_t = _softmax(teacher, temperature)
+        bits = (p * (t - x)).sum(-1) + (log_x - log_t)
+        slope = q - p
+    # It is 0, and has this slope.
+    tangent = (slope * (student - student.detach())).sum(-1)
+    return temperature * (temperature * math.log(2) * bits + tangent)
+
+
+def _softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Logarithms up to a constant of their row, softmax, and the constant; to the base of 2.
+
+    To that base as torch's exp on a CPU is MKL's, which on some takes three times as long as exp2.
+    """
+    x = logits * (math.log2(math.e) / temperature)
+    x = x - x.amax(-1, keepdim=True)
+    e = x.exp2()
+    total = e.sum(-1, keepdim=True)
+    return x, e / total, total.log2().squeeze(-1)
 
 
 distillation.limited(_beyond)
