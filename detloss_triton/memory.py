@@ -100,6 +100,14 @@ def take(x: Tensor, dim: int, index: Tensor) -> Tensor:
     return out
 
 
+def forked(x: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """x and `x[start:stop]`, of which the gradients are added without a padded copy of one."""
+    if not backend.is_eager_cpu(x.device):
+        return x, x[start:stop]
+    both: tuple[Tensor, Tensor] = _Forked.apply(x, start, stop)
+    return both
+
+
 class _Stack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:
@@ -110,6 +118,22 @@ class _Stack(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
         return dout.unbind()
+
+
+class _Forked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        ctx.bounds = start, stop
+        return x.view_as(x), x[start:stop]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor, dsome: Tensor) -> tuple[Tensor, None, None]:
+        start, stop = ctx.bounds
+        out = empty_like(dx)
+        out[:start], out[stop:] = dx[:start], dx[stop:]
+        torch.add(dx[start:stop], dsome, out=out[start:stop])
+        return out, None, None
 
 
 def _taken(x: Tensor, dim: int, index: Tensor) -> Tensor:

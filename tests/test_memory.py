@@ -63,12 +63,13 @@ def test_sizes_no_longer_used_are_given_back() -> None:
     assert larger.numel() == 9000
 
 
-def test_stack_and_take_differentiate_as_torchs_own() -> None:
+def test_stack_take_and_forked_differentiate_as_torchs_own() -> None:
     x, y = (torch.rand(4, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(lambda *leaves: memory.stack(leaves), (x, y))
     index = torch.tensor([[2, 0], [1, 1], [0, 2], [2, 2]])
     assert torch.autograd.gradcheck(lambda leaf: memory.take(leaf, 1, index), (x,))
     assert torch.autograd.gradcheck(lambda leaf: memory.take(leaf, 0, index[:, 0]), (x,))
+    assert torch.autograd.gradcheck(lambda leaf: memory.forked(leaf, 1, 3), (x,))
     mixed = memory.stack([x.detach(), y.detach().float()])
     assert mixed.dtype == torch.float64
 

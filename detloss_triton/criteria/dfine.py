@@ -10,6 +10,7 @@ from torch import Tensor
 
 from detloss_triton.boxes import cxcywh_to_xyxy, ltrb
 from detloss_triton.matchers import union_of_matches
+from detloss_triton.memory import forked
 from detloss_triton.ops.distribution import distillation, two_bin
 from detloss_triton.targets import Targets
 from detloss_triton.validate import enabled
@@ -167,21 +168,24 @@ class DFINECriterion(SetCriterion):
         if bins is None:
             raise ValueError("outputs has 'pred_corners' and so must have 'up' and 'reg_scale'")
         n_sides = (4, self.reg_max + 1)
-        corners = layers.stacked("pred_corners", with_corners).unflatten(-1, n_sides)
+        taught = [i for i in with_corners if "teacher_corners" in layers.outputs[i]]
+        corners, student = _and_some(
+            layers.stacked("pred_corners", with_corners).unflatten(-1, n_sides),
+            [with_corners.index(i) for i in taught],
+        )
         points = layers.stacked("ref_points", with_corners).detach()
         left, right_weight = box_bins(points, found.boxes, *bins)
-        used = _some(iou * found.matched, with_corners)
+        _, used = _and_some(iou * found.matched, with_corners)
         weight = used.unsqueeze(-1).expand(left.shape)
         fgl = two_bin(corners, left, 1 - right_weight, right_weight, weight=weight, keep=1) / norm
         losses = named_losses(
             {"loss_fgl": fgl}, self.weight_dict, [layers.suffixes[i] for i in with_corners]
         )
-        taught = [i for i in with_corners if "teacher_corners" in layers.outputs[i]]
         if taught:
             teacher = layers.stacked("teacher_corners", taught).detach().unflatten(-1, n_sides)
             confidence = layers.stacked("teacher_logits", taught).detach().amax(-1).sigmoid()
-            student = _some(corners, [with_corners.index(i) for i in taught])
-            weight = torch.where(found.matched, _some(iou, taught), confidence.to(iou.dtype))
+            _, iou_of_taught = _and_some(iou, taught)
+            weight = torch.where(found.matched, iou_of_taught, confidence.to(iou.dtype))
             weight = weight * _shares(found.matched, balance)
             ddf = distillation(
                 *(student, teacher.expand(student.shape)),
@@ -270,12 +274,14 @@ class DFINECriterion(SetCriterion):
         return losses.mean() if reduction == "mean" else losses.sum()
 
 
-def _some(stacked: Tensor, layers: Sequence[int]) -> Tensor:
-    """Some layers of a stack: a view where they are neighbours; a list as index would be copied."""
+def _and_some(stacked: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """A stack and some of its layers: a view where they are neighbours."""
+    if not layers:
+        return stacked, stacked[:0]
     first, n = layers[0], len(layers)
     if list(layers) == list(range(first, first + n)):
-        return stacked[first : first + n]
-    return torch.stack([stacked[i] for i in layers])
+        return forked(stacked, first, first + n)
+    return stacked, torch.stack([stacked[i] for i in layers])
 
 
 def _named_layers(
