@@ -70,9 +70,22 @@ def settled(x: Tensor) -> Tensor:
     return _copied(x) if torch.compiler.is_compiling() else x
 
 
-def kth_largest(x: Tensor, k: Tensor) -> Tensor:
-    """(N, 1): the k-th largest of each row of x (N, A), for k (N, 1), clamped to [1, A]."""
-    return _kth_largest(x, k.clamp(1, x.shape[1]))
+def hardest(x: Tensor, k: Tensor) -> Tensor:
+    """(N, A) mask of the k largest of each row of x (N, A), for k (N, 1) from 0 on.
+
+    How many they are is known on the device only: they are those above a threshold, and of those at
+    it the first. NaN is above all and always taken, and where the k-th is NaN, so is the row.
+    """
+    existing = k.clamp(1, x.shape[1])
+    threshold = _kth_largest(x, existing)
+    taken = ~(x < threshold)
+    unique = taken.sum(1, keepdim=True) == existing
+    if backend.is_eager_cpu(x.device) and unique.numpy().all():
+        return taken & (k > 0)
+    above = ~(x <= threshold)
+    at = taken & ~above
+    left = k - above.sum(1, keepdim=True)
+    return (above | (at & (at.cumsum(1) <= left))) & (k > 0)
 
 
 @opaque("(Tensor x, Tensor k) -> Tensor", lambda x, k: x.new_empty(k.shape))

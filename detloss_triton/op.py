@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -261,7 +262,9 @@ class Call:
         if weight is None:
             return losses
         losses = losses * weight.to(dtype)
-        return losses if blank or not skip else torch.where(weight != 0, losses, 0)
+        if blank or not skip or np.isfinite(losses.detach().numpy().sum()):
+            return losses
+        return torch.where(weight != 0, losses, 0)
 
     def whole(self, weight: Tensor | None, *inputs: Tensor | None) -> Tensor:
         """The reference on everything at once: for small inputs, and to be compiled."""

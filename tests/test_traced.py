@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from detloss_triton import use_backend
-from detloss_triton.gather import kth_largest, settled
+from detloss_triton.gather import hardest, settled
 from detloss_triton.op import REGISTRY, RowOp, Sample
 from detloss_triton.ops.distribution import two_bin
 from detloss_triton.traced import _order
@@ -112,16 +112,17 @@ def test_few_is_refused_where_it_cannot_hold() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_kth_largest(compiled: bool) -> None:
-    run = torch.compile(kth_largest, backend="aot_eager") if compiled else kth_largest
-    x = torch.tensor([[3.0, 1.0, 2.0], [5.0, 5.0, 4.0], [1.0, torch.nan, 0.0], [7.0, 8.0, 9.0]])
-    k = torch.tensor([[2], [2], [1], [9]])
-    found = run(x, k).flatten()
-    assert found[2].isnan()
-    assert found[[0, 1, 3]].tolist() == [2.0, 5.0, 7.0]
-    assert run(x, k - k)[3] == 9.0  # the largest where none is asked for
-    assert run(torch.ones(0, 3), k[:0]).shape == (0, 1)
-    assert run(torch.ones(4, 0), k).shape == (4, 1)
+def test_hardest(compiled: bool) -> None:
+    run = torch.compile(hardest, backend="aot_eager") if compiled else hardest
+    x = torch.tensor([[3.0, 1.0, 2.0], [5.0, 4.0, 5.0], [1.0, torch.nan, 0.0], [7.0, 8.0, 9.0]])
+    k = torch.tensor([[2], [1], [2], [9]])
+    expected = [[1, 0, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    assert run(x, k).tolist() == [[bool(taken) for taken in row] for row in expected]
+    assert run(x[:1], k[:1]).tolist() == [[True, False, True]]
+    assert run(x[3:], k[3:]).all() and not run(x, k - k).any()
+    assert run(x[2:3], k[1:2]).all()
+    assert run(torch.ones(0, 3), k[:0]).shape == (0, 3)
+    assert run(torch.ones(4, 0), k).shape == (4, 0)
 
 
 def test_memory_order() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detloss_triton.gather import kth_largest
+from detloss_triton.gather import hardest
 from detloss_triton.ops.distribution import two_bin
 from detloss_triton.ops.regression import smooth_l1
 from detloss_triton.reduction import EPS32
@@ -108,19 +108,10 @@ class SSDCriterion(nn.Module):
         }
 
     def _mined(self, each: Tensor, labels: Tensor) -> Tensor:
-        """(N,): the losses (N, A) of all positives and of the hardest negatives of each image.
-
-        How many are taken is known on the device only: they are those above a threshold, and of
-        those at it the first.
-        """
+        """(N,): the losses (N, A) of all positives and of the hardest negatives of each image."""
         positive = is_positive(labels, self.num_classes)
         negative = labels == self.num_classes
-        taken = positive.sum(1, keepdim=True) * self.neg_pos_ratio
+        n_taken = positive.sum(1, keepdim=True) * self.neg_pos_ratio
         hardness = torch.where(negative, each.detach(), -1.0)
-        threshold = kth_largest(hardness, taken)
-        # NaN is not at most anything: it is taken, and shows in the loss.
-        above = ~(hardness <= threshold)
-        at = hardness == threshold
-        left = taken - above.sum(1, keepdim=True)
-        kept = (above | (at & (at.cumsum(1) <= left))) & negative & (taken > 0)
+        kept = hardest(hardness, n_taken) & negative
         return torch.where(positive | kept, each, 0).sum(1)
