@@ -154,9 +154,9 @@ def forward(
 ) -> tuple[Tensor, Ready | None]:
     """The losses; and where they are summed, the gradients of their sum."""
     parts = _parts(call, weight, inputs)
-    if not any(wanted) or not in_forward(call, inputs):
-        return _run(call, parts, None), None
     first = parts[0]
+    if not any(wanted) or not in_forward(call, inputs, few=first.at is not None):
+        return _run(call, parts, None), None
     if first.at is not None:
         losses, some = _picked(call, first, first.at, wanted, None)
         return losses, Ready(some, first.at)
@@ -174,13 +174,14 @@ def backward(
 ) -> Gradients:
     """The gradients. `ready` are those that forward found: they are used up."""
     upstream = dout[(..., *[None] * (len(call.rows) - call.keep))]
-    if ready is None and in_forward(call, inputs):
-        ready = forward(call, weight, inputs, wanted)[1]
+    if ready is None:
+        parts = _parts(call, weight, inputs)
+        if in_forward(call, inputs, few=parts[0].at is not None):
+            ready = forward(call, weight, inputs, wanted)[1]
     if ready is not None:
         return _scaled(call, inputs, upstream, ready)
     if not call.op.values:
         upstream = upstream.expand(call.rows)
-    parts = _parts(call, weight, inputs)
     if parts[0].at is None:
         # A cast takes a fifth of the time of a comparison.
         live = upstream.bool().any(-1) if call.op.values else upstream.bool()
@@ -220,15 +221,15 @@ def _parts(call: Call, weight: Tensor | None, inputs: _Inputs) -> list[Part]:
     return call.op.parts(weight, *inputs)
 
 
-def in_forward(call: Call, inputs: _Inputs) -> bool:
+def in_forward(call: Call, inputs: _Inputs, few: bool = False) -> bool:
     """Whether the gradient is computed in forward, and scaled by the upstream gradient later.
 
     Of losses that are summed every row will be asked for its gradient, and finding it at once saves
-    evaluating the row again. A loss per row may be asked for few rows only; and half precision has
-    to see the upstream gradient before it rounds.
+    evaluating the row again. A loss per row may be asked for few rows only, unless `few` have a
+    loss at all; and half precision has to see the upstream gradient before it rounds.
     """
     half = any(x is not None and x.dtype in (torch.float16, torch.bfloat16) for x in inputs)
-    return call.keep < len(call.rows) and not half
+    return (call.keep < len(call.rows) or (few and not call.op.values)) and not half
 
 
 def _run(

@@ -80,6 +80,7 @@ class DeltaXYWHBBoxCoder:
         pred_bboxes: Tensor,
         max_shape: MaxShape = None,
         wh_ratio_clip: float = 16 / 1000,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """Boxes (..., 4) xyxy from deltas.
 
@@ -87,12 +88,15 @@ class DeltaXYWHBBoxCoder:
             bboxes: (..., 4) xyxy, the anchors. pred_bboxes: (..., 4), the deltas.
             max_shape: (height, width) to clip at, or one per image (B, 2) for (B, N, 4) boxes.
             wh_ratio_clip: |dw|, |dh| are clamped to |log(wh_ratio_clip)|.
+            weight: (...,), a factor of each box; one of weight 0 is 0 whatever its deltas hold, and
+                so is their gradient.
         """
         _check_boxes("bboxes", bboxes)
         _check_boxes("pred_bboxes", pred_bboxes)
         boxes = coding.delta_decode(
             pred_bboxes,
             bboxes.expand(pred_bboxes.shape),
+            weight=weight,
             means=self.means,
             stds=self.stds,
             limit=abs(math.log(wh_ratio_clip)),
@@ -132,11 +136,20 @@ class DistancePointBBoxCoder:
         distances = ltrb(points[..., :2], gt_bboxes)
         return distances if max_dis is None else distances.clamp(0, max_dis - eps)
 
-    def decode(self, points: Tensor, pred_bboxes: Tensor, max_shape: MaxShape = None) -> Tensor:
-        """Boxes (..., 4) xyxy from points (..., 2) and distances (..., 4), clipped at max_shape."""
+    def decode(
+        self,
+        points: Tensor,
+        pred_bboxes: Tensor,
+        max_shape: MaxShape = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """Boxes (..., 4) xyxy from points (..., 2) and distances (..., 4), clipped at max_shape.
+
+        A box of weight (...,) 0 is 0 whatever its distances hold, and so is their gradient.
+        """
         _check_boxes("pred_bboxes", pred_bboxes)
         point = points[..., :2].expand(*pred_bboxes.shape[:-1], 2)
-        boxes = coding.distance_decode(pred_bboxes, point)
+        boxes = coding.distance_decode(pred_bboxes, point, weight=weight)
         return _clipped(boxes, max_shape if self.clip_border else None)
 
     decode_export = decode

@@ -107,8 +107,8 @@ class RowOp(Op):
 
     Shapes:
         inputs: (*rows, features) or (*rows,), any strides, any float dtype; None where optional.
-        weight: (*rows,), factor of each row's loss. With `skip`, a row of weight 0 contributes
-            exactly nothing to losses and gradients, whatever it holds.
+        weight: (*rows,), factor of each row's loss or values. With `skip`, a row of weight 0
+            contributes exactly nothing to losses and gradients, whatever it holds.
         returns: (*rows[:keep],), float32 (float64 for float64 inputs): the weighted losses summed
             over the remaining row dimensions. `keep = number of row dimensions` sums nothing.
             A row map returns (*rows, values).
@@ -261,10 +261,11 @@ class Call:
                 weight = weight.unsqueeze(-1)
         if weight is None:
             return losses
-        losses = losses * weight.to(dtype)
+        losses = losses * (weight.unsqueeze(-1) if self.op.values else weight).to(dtype)
         if blank or not skip or np.isfinite(losses.detach().numpy().sum()):
             return losses
-        return torch.where(weight != 0, losses, 0)
+        used = weight.bool()
+        return torch.where(used.unsqueeze(-1) if self.op.values else used, losses, 0)
 
     def whole(self, weight: Tensor | None, *inputs: Tensor | None) -> Tensor:
         """The reference on everything at once: for small inputs, and to be compiled."""
@@ -333,10 +334,10 @@ def row_loss(
 
 
 def row_map(
-    *inputs: Input, values: int, samples: Callable[..., Iterator[Sample]]
+    *inputs: Input, values: int, samples: Callable[..., Iterator[Sample]], skip: bool = False
 ) -> Callable[[Callable[..., Tensor]], RowOp]:
     """Declare the decorated torch reference as a map from rows of `inputs` to `values` numbers."""
-    return lambda reference: RowOp(reference, inputs, samples, values=values)
+    return lambda reference: RowOp(reference, inputs, samples, skip=skip, values=values)
 
 
 def direct(*, samples: Callable[..., Iterator[Sample]]) -> Callable[[Callable[..., Any]], DirectOp]:

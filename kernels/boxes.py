@@ -147,38 +147,39 @@ def delta_decode_kernel(
 ):  # fmt: skip
     """Boxes xyxy from normalised deltas and anchors."""
     _, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, BR)
+    weight, m_used = row_weight(p_weight, outer, inner, s_weight_o, s_weight_i, m_row, HAS_WEIGHT)
     o_d = outer * s_deltas_o + inner * s_deltas_i
     o_a = outer * s_anchors_o + inner * s_anchors_i
     x1, x2, x_slope, x_half = delta_decode_1d(
-        load_column(p_deltas, 0, o_d, s_deltas_f, m_row) * STD_X + MEAN_X,
-        load_column(p_deltas, 2, o_d, s_deltas_f, m_row) * STD_W + MEAN_W,
-        load_column(p_anchors, 0, o_a, s_anchors_f, m_row),
-        load_column(p_anchors, 2, o_a, s_anchors_f, m_row),
+        load_column(p_deltas, 0, o_d, s_deltas_f, m_used) * STD_X + MEAN_X,
+        load_column(p_deltas, 2, o_d, s_deltas_f, m_used) * STD_W + MEAN_W,
+        load_column(p_anchors, 0, o_a, s_anchors_f, m_used),
+        load_column(p_anchors, 2, o_a, s_anchors_f, m_used),
         LIMIT, SHIFT,
     )  # fmt: skip
     y1, y2, y_slope, y_half = delta_decode_1d(
-        load_column(p_deltas, 1, o_d, s_deltas_f, m_row) * STD_Y + MEAN_Y,
-        load_column(p_deltas, 3, o_d, s_deltas_f, m_row) * STD_H + MEAN_H,
-        load_column(p_anchors, 1, o_a, s_anchors_f, m_row),
-        load_column(p_anchors, 3, o_a, s_anchors_f, m_row),
+        load_column(p_deltas, 1, o_d, s_deltas_f, m_used) * STD_Y + MEAN_Y,
+        load_column(p_deltas, 3, o_d, s_deltas_f, m_used) * STD_H + MEAN_H,
+        load_column(p_anchors, 1, o_a, s_anchors_f, m_used),
+        load_column(p_anchors, 3, o_a, s_anchors_f, m_used),
         LIMIT, SHIFT,
     )  # fmt: skip
     o_out = row * 4
     if BACKWARD:
-        dx1 = load_column(p_dout, 0, o_out, 1, m_row)
-        dy1 = load_column(p_dout, 1, o_out, 1, m_row)
-        dx2 = load_column(p_dout, 2, o_out, 1, m_row)
-        dy2 = load_column(p_dout, 3, o_out, 1, m_row)
+        dx1 = load_column(p_dout, 0, o_out, 1, m_used) * weight
+        dy1 = load_column(p_dout, 1, o_out, 1, m_used) * weight
+        dx2 = load_column(p_dout, 2, o_out, 1, m_used) * weight
+        dy2 = load_column(p_dout, 3, o_out, 1, m_used) * weight
         o_g = outer * s_ddeltas_o + inner * s_ddeltas_i
         store_column(p_ddeltas, 0, o_g, s_ddeltas_f, (dx1 + dx2) * x_slope * STD_X, m_row)
         store_column(p_ddeltas, 1, o_g, s_ddeltas_f, (dy1 + dy2) * y_slope * STD_Y, m_row)
         store_column(p_ddeltas, 2, o_g, s_ddeltas_f, (dx2 - dx1) * x_half * STD_W, m_row)
         store_column(p_ddeltas, 3, o_g, s_ddeltas_f, (dy2 - dy1) * y_half * STD_H, m_row)
     else:
-        store_column(p_out, 0, o_out, 1, x1, m_row)
-        store_column(p_out, 1, o_out, 1, y1, m_row)
-        store_column(p_out, 2, o_out, 1, x2, m_row)
-        store_column(p_out, 3, o_out, 1, y2, m_row)
+        store_column(p_out, 0, o_out, 1, weight * x1, m_row)
+        store_column(p_out, 1, o_out, 1, weight * y1, m_row)
+        store_column(p_out, 2, o_out, 1, weight * x2, m_row)
+        store_column(p_out, 3, o_out, 1, weight * y2, m_row)
 
 
 @triton.jit(do_not_specialize=["n_segment", "n_blocks", "n_inner", "n_features"])
@@ -192,15 +193,19 @@ def distance_decode_kernel(
 ):  # fmt: skip
     """Boxes xyxy from points and the distances to left, top, right and bottom: [BR, 4] tiles."""
     _, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, BR)
+    weight, m_used = row_weight(p_weight, outer, inner, s_weight_o, s_weight_i, m_row, HAS_WEIGHT)
     column = tl.arange(0, 4).to(tl.int64)
     sign = tl.where(column < 2, -1.0, 1.0)[None, :]
-    m_tile = m_row[:, None] & (column < 4)[None, :]
+    m_tile = m_used[:, None] & (column < 4)[None, :]
+    m_store = m_row[:, None] & (column < 4)[None, :]
     o_out = row[:, None] * 4 + column[None, :]
     if BACKWARD:
         o_g = (outer * s_ddistances_o + inner * s_ddistances_i)[:, None]
-        gradient = sign * tl.load(p_dout + o_out, mask=m_tile, other=0.0).to(tl.float32)
+        gradient = (
+            sign * weight[:, None] * tl.load(p_dout + o_out, mask=m_tile, other=0.0).to(tl.float32)
+        )
         p_tile = p_ddistances + o_g + (column * s_ddistances_f)[None, :]
-        tl.store(p_tile, gradient.to(p_ddistances.dtype.element_ty), mask=m_tile)
+        tl.store(p_tile, gradient.to(p_ddistances.dtype.element_ty), mask=m_store)
     else:
         o_d = (outer * s_distances_o + inner * s_distances_i)[:, None]
         o_p = (outer * s_points_o + inner * s_points_i)[:, None]
@@ -208,4 +213,4 @@ def distance_decode_kernel(
         distance = tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
         p_tile = p_points + o_p + ((column % 2) * s_points_f)[None, :]
         point = tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
-        tl.store(p_out + o_out, point + sign * distance, mask=m_tile)
+        tl.store(p_out + o_out, weight[:, None] * (point + sign * distance), mask=m_store)

@@ -233,6 +233,11 @@ def test_coders_invert_themselves(generator: torch.Generator) -> None:
     distances = dt.DistancePointBBoxCoder()
     close(distances.decode(points, distances.encode(points, targets)), targets)
     assert distances.encode(points, targets, max_dis=5.0).amax() <= 4.9
+    weight = torch.tensor([0.0] + [1.0] * (len(anchors) - 1))
+    for used, reference in ((coder, anchors), (distances, points)):
+        codes = used.encode(reference, targets)
+        codes[0] = torch.nan
+        close(used.decode(reference, codes, weight=weight), targets * weight.unsqueeze(-1))
     with pytest.raises(ValueError, match="bboxes must have shape"):
         coder.decode(anchors[:, :3], anchors)
     with pytest.raises(ValueError, match="target_stds must hold 4"):

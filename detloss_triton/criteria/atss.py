@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from detloss_triton.boxes import columns
-from detloss_triton.losses import CrossEntropyLoss, QualityFocalLoss
+from detloss_triton.losses import CrossEntropyLoss, Loss, QualityFocalLoss
 from detloss_triton.ops.regression import iou_loss
 from detloss_triton.reduction import rank_means
 from detloss_triton.validate import (
@@ -127,10 +127,12 @@ class ATSSCriterion(nn.Module):
             centred = torch.where(is_object, self.centerness_target(grid, targets), 0)
         (box_norm,) = rank_means(centred.sum())
         # Deltas of background are not looked at, so that whatever they hold, its gradient is 0.
-        deltas = torch.cat([as_rows(level, 4) for level in bbox_pred], 1)
-        boxes = torch.where(is_object.unsqueeze(-1), deltas, 0)
+        boxes = torch.cat([as_rows(level, 4) for level in bbox_pred], 1)
+        used = is_object.to(centred.dtype)
+        if not isinstance(self.loss_bbox, Loss) or not self.reg_decoded_bbox:
+            boxes = torch.where(is_object.unsqueeze(-1), boxes, 0)
         if self.reg_decoded_bbox:
-            boxes = decoded(self.bbox_coder, grid, boxes)
+            boxes = decoded(self.bbox_coder, grid, boxes, used)
         box_losses = run_by_level(
             *(self.loss_bbox, boxes, targets, sizes), weight=centred, avg_factor=1.0
         )
@@ -148,7 +150,7 @@ class ATSSCriterion(nn.Module):
                 self.loss_centerness,
                 torch.cat([as_rows(level, 1).squeeze(-1) for level in centerness], 1),
                 *(centred, sizes),
-                weight=is_object.to(centred.dtype),
+                weight=used,
                 avg_factor=avg_factor,
             ),
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from detloss_triton.coders import DeltaXYWHBBoxCoder, DistancePointBBoxCoder
@@ -64,10 +65,15 @@ def run_by_level(
     return [run(module, p, t, weight=w, avg_factor=avg_factor) for p, t, w in levels]
 
 
-def decoded(coder: Any, anchors: Tensor, codes: Tensor) -> Tensor:
-    """Boxes from (B, n, 4) codes: our coders take them as they are, a stranger's as flat rows."""
+def decoded(coder: Any, anchors: Tensor, codes: Tensor, used: Tensor | None = None) -> Tensor:
+    """Boxes from (B, n, 4) codes: our coders take them as they are, a stranger's as flat rows.
+
+    Codes that are not `used` (B, n), a mask in numbers, are not looked at.
+    """
     if isinstance(coder, (DeltaXYWHBBoxCoder, DistancePointBBoxCoder)):
-        return coder.decode(anchors, codes)
+        return coder.decode(anchors, codes, weight=used)
+    if used is not None:
+        codes = torch.where(used.bool().unsqueeze(-1), codes, 0)
     return coder.decode(anchors.flatten(0, 1), codes.flatten(0, 1)).view_as(codes)
 
 

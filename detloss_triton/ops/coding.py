@@ -19,7 +19,8 @@ def _delta_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
     deltas = torch.randn(rows, 4, generator=generator)
     deltas[: rows // 4] *= 20
     norm = {"means": (0.1, 0.0, -0.2, 0.3), "stds": (0.1, 0.2, 0.3, 0.4)}
-    yield Sample((deltas, anchors), norm | {"limit": 4.135, "max_shift": 0.0})
+    weight = (torch.rand(rows, generator=generator) * 2).round()
+    yield Sample((deltas, anchors), norm | {"limit": 4.135, "max_shift": 0.0}, weight)
     yield Sample((deltas, anchors), norm | {"limit": 1.5, "max_shift": 8.0})
 
 
@@ -28,6 +29,7 @@ def _delta_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
     Input("anchors", features=1),
     values=4,
     samples=_delta_samples,
+    skip=True,
 )
 def delta_decode(
     deltas: Tensor,
@@ -77,7 +79,9 @@ def _(
 
 def _distance_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
     distances = torch.randn(rows, 4, generator=generator)
-    yield Sample((distances, torch.rand(rows, 2, generator=generator) * 50))
+    points = torch.rand(rows, 2, generator=generator) * 50
+    yield Sample((distances, points))
+    yield Sample((distances, points), {}, (torch.rand(rows, generator=generator) * 2).round())
 
 
 @row_map(
@@ -85,6 +89,7 @@ def _distance_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]
     Input("points", features=1),
     values=4,
     samples=_distance_samples,
+    skip=True,
 )
 def distance_decode(distances: Tensor, points: Tensor) -> Tensor:
     """Boxes xyxy: the point less (left, top), plus (right, bottom)."""
