@@ -30,6 +30,8 @@ def _first_set(mask: Tensor, n: int) -> Tensor:
     """Indices (n,) of the first n set entries, and the length of the mask for those beyond."""
     if backend.is_cached_by_cpu(mask.device):
         found = torch.from_numpy(np.flatnonzero(mask.numpy())[:n])
+        if len(found) == n:
+            return found
         return torch.nn.functional.pad(found, (0, n - len(found)), value=mask.numel())
     # The running count of set entries reaches k first at the k-th one; `nonzero` would ask the
     # device how many there are.

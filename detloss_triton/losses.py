@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .blocks import factor
+from .backend import is_eager_cpu
 from .boxes import ltrb
 from .functional import check_iou_mode, two_bins
 from .gather import first_set
@@ -108,10 +108,10 @@ class CrossEntropyLoss(Loss):
             of_label = by_class[label.clamp(0, len(by_class) - 1)]
             weight = of_label if weight is None else weight * of_label
         if avg_factor is None and self.avg_non_ignore and not self._keeps_all(reduction_override):
-            avg_factor = kept.sum()
+            avg_factor = _count(kept, label)
         return self._reduced(
             distribution.two_bin,
-            *(cls_score, torch.where(kept, label, -1), None, None),
+            *(cls_score, label if kept is None else torch.where(kept, label, -1), None, None),
             weight=weight,
             avg_factor=avg_factor,
             override=reduction_override,
@@ -140,29 +140,27 @@ class CrossEntropyLoss(Loss):
         if self.class_weight is None and not dense and not each and _is_row(weight, label):
             entries = score.shape[-1]
             if avg_factor is None and self.avg_non_ignore and not self._keeps_all(override):
-                avg_factor = kept.sum() * entries
+                avg_factor = _count(kept, label) * entries
             return self._reduced(
                 classification.binary_cross_entropy,
                 *(score, label, None, None),
-                weight=kept if weight is None else weight * kept,
+                weight=_product(weight, kept),
                 avg_factor=avg_factor,
                 count=score.numel(),
                 override=override,
             )
         if dense:
             target = label.to(torch.promote_types(score.dtype, torch.float32))
-            kept = kept.expand(score.shape)
         else:
             classes = torch.arange(score.shape[-1], device=score.device)
             target = (label.unsqueeze(-1) == classes).to(torch.float32)
-            kept = kept.unsqueeze(-1).expand(score.shape)
-        if weight is not None:
-            weight = weight.unsqueeze(-1) if weight.dim() < score.dim() else weight
-            weight = weight.expand(score.shape)
-        if factor(kept) is not None:
-            weight = kept if weight is None else weight * kept
+        kept, weight = (
+            x if x is None else (x.unsqueeze(-1) if x.dim() < score.dim() else x).expand_as(score)
+            for x in (kept, weight)
+        )
+        weight = _product(weight, kept)
         if avg_factor is None and self.avg_non_ignore and not self._keeps_all(override):
-            avg_factor = kept.sum()
+            avg_factor = _count(kept, target)
         rest: dict[str, Any] = {"avg_factor": avg_factor, "override": override}
         op, x = classification.binary_cross_entropy, score.unsqueeze(-1)
         loss = self._reduced(op, x, None, target, None, weight=weight, **rest)
@@ -176,10 +174,22 @@ class CrossEntropyLoss(Loss):
         return loss
 
 
-def _kept(label: Tensor, ignore_index: int) -> Tensor:
-    """Where a label or a target counts: a negative one never does."""
+def _kept(label: Tensor, ignore_index: int) -> Tensor | None:
+    """Where a label or a target counts: a negative one never does. None where a CPU sees all do."""
+    if ignore_index < 0 and is_eager_cpu(label.device) and label.numel() > 0:
+        lowest = label.detach().amin().double().numpy()
+        if lowest >= 0:
+            return None
     kept = label >= 0
     return kept if ignore_index < 0 else kept & (label != ignore_index)
+
+
+def _count(kept: Tensor | None, label: Tensor) -> int | Tensor:
+    return label.numel() if kept is None else kept.sum()
+
+
+def _product(weight: Tensor | None, kept: Tensor | None) -> Tensor | None:
+    return kept if weight is None else weight if kept is None else weight * kept
 
 
 def _is_row(weight: Tensor | None, label: Tensor) -> bool:

@@ -100,7 +100,8 @@ class YOLOXCriterion(nn.Module):
                 num_total_samples=POSITIVE(num_total_samples),
             )
         index, found = first_set(pos_masks.flatten(), n_positive)
-        weight = factor(found.to(torch.float32))
+        weight = factor(found)
+        weight = None if weight is None else weight.to(torch.float32)
         boxes = _rows(flatten_bboxes, index)
         classes = _rows(flatten_cls_preds, index)
         loss = {

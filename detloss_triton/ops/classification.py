@@ -72,7 +72,9 @@ def _targets(logits: Tensor, label: Tensor | None, score: Tensor | None) -> Tens
     """Targets of all entries; None where all are background."""
     if label is None and score is None:
         return None
-    return _at_label(torch.zeros_like(logits, requires_grad=False), label, score)
+    # Without labels only the shape is read.
+    dense = logits if label is None else torch.zeros_like(logits, requires_grad=False)
+    return _at_label(dense, label, score)
 
 
 def _by_label(
