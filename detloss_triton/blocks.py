@@ -13,7 +13,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -40,17 +41,51 @@ Gradients = list[Tensor | None]
 _Index = tuple[int | slice, ...]
 
 
+@dataclass(frozen=True)
+class At:
+    """Some entries of tensors that have the leading dimensions `shape`: their flat indices."""
+
+    flat: Tensor
+    shape: torch.Size
+
+    @cached_property
+    def by_dimension(self) -> tuple[Tensor, ...]:
+        # Several dimensions at once take numpy's nonzero ten times as long.
+        found = np.unravel_index(self.flat.numpy(), tuple(self.shape))
+        return tuple(torch.from_numpy(index) for index in found)
+
+    def of(self, x: Tensor) -> Tensor:
+        if x.is_contiguous():  # A third of the time.
+            return x.flatten(0, len(self.shape) - 1).index_select(0, self.flat)
+        return x[self.by_dimension]
+
+    def put(self, x: Tensor, values: Tensor) -> None:
+        values = values.view(len(self.flat), *x.shape[len(self.shape) :])
+        if x.is_contiguous():
+            x.flatten(0, len(self.shape) - 1).index_copy_(0, self.flat, values)
+        else:
+            x[self.by_dimension] = values
+
+    def rows(self, n: int) -> At:
+        """The row of each entry, in the first n dimensions."""
+        return At(self.flat // self.shape[n:].numel(), self.shape[:n])
+
+    def feature(self, index: Tensor, n_features: int) -> At:
+        """One feature of each row."""
+        return At(self.flat * n_features + index, torch.Size([*self.shape, n_features]))
+
+
 class Part(NamedTuple):
     """Some rows of a call, evaluated with one set of inputs; a call is the sum of its parts.
 
-    `at` indexes the rows in the call's, and after them possibly a feature of its first input: None
-    is all rows in order. `instead_of` are the inputs that another part took for them: what these
-    gave is subtracted from the losses, and their gradients are overwritten.
+    `at` says which rows of the call they are, or which features of its first input's rows: None is
+    all rows in order. `instead_of` are the inputs that another part took for them: what these gave
+    is subtracted from the losses, and their gradients are overwritten.
     """
 
     inputs: _Inputs
     weight: Tensor | None
-    at: tuple[Tensor, ...] | None = None
+    at: At | None = None
     instead_of: _Inputs | None = None
 
 
@@ -58,16 +93,9 @@ def everything(weight: Tensor | None, *inputs: Tensor | None) -> list[Part]:
     return [Part(inputs, weight)]
 
 
-def where(mask: Tensor) -> tuple[Tensor, ...]:
-    """Indices of a CPU mask's set entries, one tensor per dimension."""
-    # Several dimensions at once take numpy ten times as long.
-    found = np.unravel_index(flat_where(mask).numpy(), tuple(mask.shape))
-    return tuple(torch.from_numpy(index) for index in found)
-
-
-def flat_where(mask: Tensor) -> Tensor:
-    """Indices of a CPU mask's set entries, as if it had one dimension."""
-    return torch.from_numpy(np.flatnonzero(mask.numpy()))
+def where(mask: Tensor) -> At:
+    """A CPU mask's set entries."""
+    return At(torch.from_numpy(np.flatnonzero(mask.numpy())), mask.shape)
 
 
 def factor(x: Tensor | None) -> Tensor | None:
@@ -129,16 +157,12 @@ def slices(
         yield slice(start, min(start + step, n))
 
 
-def _at(index: _Index | tuple[Tensor, ...], *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x[index] for x in tensors]
-
-
 def _few(part: Part, live: Tensor) -> Part:
     """Of a part of all rows only the live ones, where they are few."""
     if 2 * np.count_nonzero(live.numpy()) > live.numel():
         return part
     at = where(live)
-    weight, *inputs = _at(at, part.weight, *part.inputs)
+    weight, *inputs = (None if x is None else at.of(x) for x in (part.weight, *part.inputs))
     return Part(tuple(inputs), weight, at)
 
 
@@ -146,7 +170,7 @@ class Ready(NamedTuple):
     """Gradients by the inputs wanted, of all rows; or of those at an index, the others being 0."""
 
     gradients: Gradients
-    at: tuple[Tensor, ...] | None
+    at: At | None
 
 
 def forward(
@@ -196,7 +220,7 @@ def backward(
 def _scaled(call: Call, inputs: _Inputs, upstream: Tensor, ready: Ready) -> Gradients:
     """The gradients found in forward, times the upstream gradient."""
     if ready.at is not None:
-        upstream = upstream.expand(call.rows)[ready.at]
+        upstream = ready.at.of(upstream.expand(call.rows))
     for g in ready.gradients:
         if g is not None:
             g *= upstream[(..., *[None] * (g.dim() - upstream.dim()))]
@@ -208,11 +232,11 @@ def _scaled(call: Call, inputs: _Inputs, upstream: Tensor, ready: Ready) -> Grad
     return gradients
 
 
-def _put(gradients: Gradients, at: tuple[Tensor, ...], some: Gradients) -> None:
+def _put(gradients: Gradients, at: At, some: Gradients) -> None:
     """Write gradients of the rows, or single features, at an index."""
     for g, values in zip(gradients, some, strict=True):
         if g is not None and values is not None:
-            g[at] = values.view(len(values), *g.shape[len(at) :])
+            at.put(g, values)
 
 
 def _parts(call: Call, weight: Tensor | None, inputs: _Inputs) -> list[Part]:
@@ -249,7 +273,7 @@ def _run(
             continue
         out += _cut(call, part.weight, part.inputs, gradients, upstream)
         if call.op.skip and part.weight is not None:
-            skipped = where(~part.weight.bool())
+            skipped = where(~part.weight.bool()).by_dimension
             for g in gradients or []:
                 if g is not None:
                     g[skipped] = 0
@@ -259,16 +283,16 @@ def _run(
 def _picked(
     call: Call,
     part: Part,
-    at: tuple[Tensor, ...],
+    at: At,
     wanted: Sequence[bool],
     upstream: Tensor | None,
 ) -> tuple[Tensor, Gradients]:
     """What a part of some rows adds to the losses, and the gradients by its own inputs."""
-    rows = at[: len(call.rows)]
+    rows = at.rows(len(call.rows))
     some = memory.wanted_like(torch.empty_like, part.inputs, wanted) if any(wanted) else []
-    picked = replace(call, keep=1, rows=rows[0].shape)
+    picked = replace(call, keep=1, rows=rows.flat.shape)
     losses = _cut(
-        picked, part.weight, part.inputs, some, None if upstream is None else upstream[rows]
+        picked, part.weight, part.inputs, some, None if upstream is None else rows.of(upstream)
     )
     if part.instead_of is not None:
         losses -= _cut(picked, part.weight, part.instead_of, None, None)
@@ -276,7 +300,7 @@ def _picked(
         return losses.sum(), some
     # Summed from a tensor of all rows: adding at an index is not repeatable with threads.
     each = losses.new_zeros((*call.rows, *losses.shape[1:]))
-    each[rows] = losses
+    rows.put(each, losses)
     return call.summed(each), some
 
 

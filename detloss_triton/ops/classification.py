@@ -91,11 +91,12 @@ def _by_label(
     if label is None:
         return everything(weight, logits, label, score, mask)
     mask = factor(mask)
-    rows = where((label >= 0) & (label < logits.shape[-1]))
-    at = (*rows, label[rows].long())
-    x, m = (None if t is None else t[at].unsqueeze(-1) for t in (logits, mask))
-    s = logits.new_ones(len(at[-1])) if score is None else score[rows]
-    w = None if weight is None else weight[rows]
+    n_classes = logits.shape[-1]
+    rows = where((label >= 0) & (label < n_classes))
+    at = rows.feature(rows.of(label).long(), n_classes)
+    x, m = (None if t is None else at.of(t).unsqueeze(-1) for t in (logits, mask))
+    s = logits.new_ones(len(at.flat)) if score is None else rows.of(score)
+    w = None if weight is None else rows.of(weight)
     return [
         Part((logits, None, None, mask), weight),
         Part((x, None, s, m), w, at, instead_of=(x, None, None, m)),

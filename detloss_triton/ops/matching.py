@@ -86,7 +86,7 @@ def task_aligned(
                 metric[at], score = scored(p, t, anchors, logits[at])
                 best[at] = score.amax(-1)
                 continue
-            pair = blocks.flat_where(~_apart(p, t))
+            pair = blocks.where(~_apart(p, t)).flat
             row, anchor = pair // n_anchors, pair % n_anchors
             value, score = scored(
                 p.flatten(1).index_select(1, row // t.shape[2] * n_anchors + anchor),
