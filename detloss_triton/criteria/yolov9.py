@@ -221,10 +221,18 @@ def _weighted(per_head: Tensor, rates: Sequence[float]) -> Tensor:
 
 def _logits_of(labels: Tensor, head: Sequence[Level]) -> list[Tensor]:
     """(B, T, n) per level: the logits of each target's class, read in place."""
-    n_classes = head[0][0].shape[1]
+    n_images, n_classes = head[0][0].shape[:2]
     index = labels.clamp(0, n_classes - 1)
-    image = torch.arange(len(labels), device=labels.device).unsqueeze(1)
-    return [classes.detach().flatten(2)[image, index] for classes, _, _ in head]
+    image = torch.arange(n_images, device=labels.device).unsqueeze(1)
+
+    def of_level(maps: Tensor) -> Tensor:
+        if not maps.is_contiguous():
+            return maps[image, index]
+        # As one dimension it is copied row by row: a fifth of the time on a CPU.
+        flat = (image * n_classes + index).flatten()
+        return maps.flatten(0, 1).index_select(0, flat).unflatten(0, index.shape)
+
+    return [of_level(classes.detach().flatten(2)) for classes, _, _ in head]
 
 
 class _Pairs:

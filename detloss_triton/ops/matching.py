@@ -10,7 +10,7 @@ from torch import Tensor
 
 from detloss_triton import backend, blocks, memory
 from detloss_triton.backend import kernels
-from detloss_triton.boxes import Columns, columns
+from detloss_triton.boxes import Columns, columns, overlap
 from detloss_triton.op import Sample, direct
 
 from .regression import added_iou, centre_term, ciou, giou
@@ -75,7 +75,7 @@ def task_aligned(
         return torch.where(inside, pair, 0), score
 
     # Boxes that lie apart, as most do, have a similarity of 0: where it may look, this leaves them
-    # out, and of what all pairs then hold most is one byte wide.
+    # out, and all pairs hold their overlap only.
     looks = backend.is_eager_cpu(boxes.device)
     held = blocks.TEMPORARIES // 4 if looks else blocks.TEMPORARIES
     for image in blocks.slices(n_images, n_targets * n_anchors, boxes.device, held):
@@ -86,7 +86,8 @@ def task_aligned(
                 metric[at], score = scored(p, t, anchors, logits[at])
                 best[at] = score.amax(-1)
                 continue
-            pair = blocks.where(~_apart(p, t)).flat
+            # Not zero: NaN is, and is evaluated.
+            pair = blocks.where(overlap(_columns(p), _columns(t)).bool()).flat
             row, anchor = pair // n_anchors, pair % n_anchors
             value, score = scored(
                 p.flatten(1).index_select(1, row // t.shape[2] * n_anchors + anchor),
@@ -102,12 +103,6 @@ def task_aligned(
 def _columns(boxes: Tensor) -> Columns:
     x1, y1, x2, y2 = boxes
     return x1, y1, x2, y2
-
-
-def _apart(a: Tensor, b: Tensor) -> Tensor:
-    """Whether boxes (4, ...) have no point in common; not, where any coordinate is NaN."""
-    a, b = (box + 0 * box.sum(0) for box in (a, b))
-    return (a[0] >= b[2]) | (b[0] >= a[2]) | (a[1] >= b[3]) | (b[1] >= a[3])
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:
