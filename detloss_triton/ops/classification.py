@@ -131,7 +131,7 @@ def _tile(logits: Tensor, loss: str, a: float, b: float) -> Tile:
     )
 
 
-@row_loss(*_INPUTS, parts=_by_label, samples=_samples({}, {}, {}), temporaries=8)
+@row_loss(*_INPUTS, parts=_by_label, samples=_samples({}, {}, {}), temporaries=4)
 def binary_cross_entropy(
     logits: Tensor, label: Tensor | None, score: Tensor | None, mask: Tensor | None
 ) -> Tensor:

@@ -86,8 +86,9 @@ def task_aligned(
                 metric[at], score = scored(p, t, anchors, logits[at])
                 best[at] = score.amax(-1)
                 continue
-            # Not zero: NaN is, and is evaluated.
-            pair = blocks.where(overlap(_columns(p), _columns(t)).bool()).flat
+            # Image by image, this stays in cache. NaN is not 0, and so is evaluated.
+            near = [overlap(_columns(a), _columns(b)).bool() for a, b in _each_image(p, t)]
+            pair = blocks.where(torch.stack(near)).flat
             row, anchor = pair // n_anchors, pair % n_anchors
             value, score = scored(
                 p.flatten(1).index_select(1, row // t.shape[2] * n_anchors + anchor),
@@ -98,6 +99,10 @@ def task_aligned(
             metric[at].zero_().view(-1).scatter_(0, pair, value)
             best[at].view(-1).scatter_reduce_(0, row, score, "amax")
     return metric, best
+
+
+def _each_image(*boxes: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(x.unbind(1) for x in boxes), strict=True)
 
 
 def _columns(boxes: Tensor) -> Columns:
