@@ -221,9 +221,10 @@ def _scaled(call: Call, inputs: _Inputs, upstream: Tensor, ready: Ready) -> Grad
     """The gradients found in forward, times the upstream gradient."""
     if ready.at is not None:
         upstream = ready.at.of(upstream.expand(call.rows))
+    scale = factor(upstream)
     for g in ready.gradients:
-        if g is not None:
-            g *= upstream[(..., *[None] * (g.dim() - upstream.dim()))]
+        if g is not None and scale is not None:
+            g *= scale[(..., *[None] * (g.dim() - scale.dim()))]
     if ready.at is None:
         return ready.gradients
     wanted = [g is not None for g in ready.gradients]

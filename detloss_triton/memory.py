@@ -161,9 +161,12 @@ class _Take(torch.autograd.Function):
 def _untake(x: Tensor, shape: list[int], dim: int, index: Tensor) -> Tensor:
     """x added to zeros of a shape, where `take` took it."""
     zeros = zeros_like(x.new_empty(()).expand(shape))
-    if index.dim() == 1:
-        return zeros.index_add_(dim, index, x)
-    return zeros.scatter_add_(dim, index, x)
+    if index.dim() > 1:
+        return zeros.scatter_add_(dim, index, x)
+    if (index[1:] > index[:-1]).numpy().all():
+        # Each was taken once, and adding would go slice by slice.
+        return zeros.index_copy_(dim, index, x)
+    return zeros.index_add_(dim, index, x)
 
 
 def _is_mapped(x: Tensor) -> bool:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .backend import is_eager_cpu
 from .op import RowOp
 
 Reduction = Literal["none", "mean", "sum"]
@@ -47,16 +48,27 @@ def reduced(
     rows = first.shape[:-1]
     if reduction == "none":
         return scaled(op(*inputs, weight=weight, keep=len(rows), **params), scale)
-    total = op(*inputs, weight=weight, **params)
     if avg_factor is None:
         count = rows.numel() if count is None else count
-        return scaled(total, scale / max(count, 1) if reduction == "mean" else scale)
-    if reduction == "sum":
+        divisor: float | Tensor = max(count, 1) if reduction == "mean" else 1
+    elif reduction == "sum":
         raise ValueError("avg_factor cannot be used with reduction='sum'")
-    divisor = avg_factor + avg_eps
+    else:
+        divisor = avg_factor + avg_eps
+    if weight is not None and _may_be_scaled(weight, divisor):
+        # The gradients that a CPU finds in forward are then right as they are.
+        weight = scaled(weight.to(torch.promote_types(weight.dtype, torch.float32)), scale)
+        return op(*inputs, weight=weight / divisor, **params)
+    total = op(*inputs, weight=weight, **params)
     if isinstance(divisor, Tensor) or divisor == 0:
         return scaled(total, scale) / divisor
     return scaled(total, scale / divisor)
+
+
+def _may_be_scaled(weight: Tensor, divisor: float | Tensor) -> bool:
+    """Whether the losses' weights can take a factor as well as their sum: not of broadcast ones."""
+    differentiated = isinstance(divisor, Tensor) and divisor.requires_grad
+    return is_eager_cpu(weight.device) and 0 not in weight.stride() and not differentiated
 
 
 def scaled(loss: Tensor, scale: float) -> Tensor:

@@ -90,24 +90,26 @@ class RTMDetCriterion(nn.Module):
                 bbox_targets=XYXY(bbox_targets, box_weights.split(sizes, 1)),
             )
         cls_norm, box_norm = rank_means(metric.sum(), box_weights.sum())
-        cls_losses = [
-            run(
-                self.loss_cls,
-                as_rows(scores, self.cls_out_channels),
-                (labels[level], assign_metrics[level]),
-                weight=label_weights[level],
-                avg_factor=1.0,
-            )
-            for level, scores in enumerate(cls_score)
-        ]
-        box_losses = run_by_level(
-            self.loss_bbox,
-            torch.cat([as_rows(level, 4) for level in bbox_pred], 1),
-            *(torch.cat(list(bbox_targets), 1), sizes),
-            weight=box_weights,
-            avg_factor=1.0,
-        )
+        # Weights are normalised, not losses: gradients are then right as they are found.
+        row_weights = torch.cat(list(label_weights), 1) / cls_norm.clamp(min=1)
         return {
-            "loss_cls": [loss / cls_norm.clamp(min=1) for loss in cls_losses],
-            "loss_bbox": [loss / box_norm.clamp(min=1) for loss in box_losses],
+            "loss_cls": [
+                run(
+                    self.loss_cls,
+                    as_rows(scores, self.cls_out_channels),
+                    (labels[level], assign_metrics[level]),
+                    weight=weight,
+                    avg_factor=1.0,
+                )
+                for level, (scores, weight) in enumerate(
+                    zip(cls_score, row_weights.split(sizes, 1), strict=True)
+                )
+            ],
+            "loss_bbox": run_by_level(
+                self.loss_bbox,
+                torch.cat([as_rows(level, 4) for level in bbox_pred], 1),
+                *(torch.cat(list(bbox_targets), 1), sizes),
+                weight=box_weights / box_norm.clamp(min=1),
+                avg_factor=1.0,
+            ),
         }
