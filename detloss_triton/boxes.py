@@ -1,53 +1,41 @@
-"""Box arithmetic on corners, which broadcast: pairs one by one, or all against all."""
+"""Box arithmetic on coordinate columns, which broadcast: pairs one by one, or all against all."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class Corners(NamedTuple):
-    """Boxes by their corners, (2, ...) each: x, then y. Both at once are half the operations."""
-
-    low: Tensor
-    high: Tensor
+# x1, y1, x2, y2, any shapes that broadcast.
+Columns = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def coordinates_first(boxes: Tensor) -> Tensor:
-    """(4, ...) of (..., 4) boxes, each coordinate in memory of its own where that pays.
+def columns(boxes: Tensor) -> Columns:
+    """The four coordinates of (..., 4) boxes, each in memory of its own where that pays.
 
-    Dozens of operations follow on each: eager, one copy up front makes them contiguous.
+    Dozens of operations follow on each column: eager, one copy up front makes them contiguous.
     """
-    boxes = boxes.movedim(-1, 0)
-    return boxes if torch.compiler.is_compiling() else boxes.contiguous()
+    if not torch.compiler.is_compiling():
+        boxes = boxes.movedim(-1, 0).contiguous().movedim(0, -1)
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return x1, y1, x2, y2
 
 
-def corners(boxes: Tensor) -> Corners:
-    """Those of (..., 4) boxes xyxy."""
-    return Corners(*coordinates_first(boxes).split(2))
-
-
-def area_of(size: Tensor) -> Tensor:
-    """Width times height of (2, ...) sizes."""
-    width, height = size.unbind()
+def overlap(a: Columns, b: Columns) -> Tensor:
+    """Area of the intersection."""
+    width = (torch.minimum(a[2], b[2]) - torch.maximum(a[0], b[0])).clamp(min=0)
+    height = (torch.minimum(a[3], b[3]) - torch.maximum(a[1], b[1])).clamp(min=0)
     return width * height
 
 
-def area(box: Corners) -> Tensor:
-    return area_of(box.high - box.low)
+def area(box: Columns) -> Tensor:
+    return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def overlap(a: Corners, b: Corners) -> Tensor:
-    """Area of the intersection."""
-    size = torch.minimum(a.high, b.high) - torch.maximum(a.low, b.low)
-    return area_of(size.clamp(min=0))
-
-
-def hull(a: Corners, b: Corners) -> Tensor:
-    """(2, ...) size of the smallest enclosing box."""
-    return torch.maximum(a.high, b.high) - torch.minimum(a.low, b.low)
+def hull(a: Columns, b: Columns) -> tuple[Tensor, Tensor]:
+    """Width and height of the smallest enclosing box."""
+    width = torch.maximum(a[2], b[2]) - torch.minimum(a[0], b[0])
+    height = torch.maximum(a[3], b[3]) - torch.minimum(a[1], b[1])
+    return width, height
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detloss_triton.boxes import area_of, corners
+from detloss_triton.boxes import columns
 from detloss_triton.losses import CrossEntropyLoss, Loss, QualityFocalLoss
 from detloss_triton.ops.regression import iou_loss
 from detloss_triton.reduction import rank_means
@@ -188,8 +188,10 @@ class ATSSCriterion(nn.Module):
         Shapes:
             anchors, gts: (..., 4) xyxy. Returns (...,) in [0, 1]; 0 for a centre outside its box.
         """
-        anchor, gt = corners(anchors), corners(gts)
-        centre = (anchor.low + anchor.high) / 2
-        low, high = centre - gt.low, gt.high - centre
-        ratio = torch.minimum(low, high) / torch.maximum(low, high)
-        return area_of(ratio).clamp(min=0).sqrt()
+        x1, y1, x2, y2 = columns(anchors)
+        left, top, right, bottom = columns(gts)
+        x, y = (x1 + x2) / 2, (y1 + y2) / 2
+        left, right, top, bottom = x - left, right - x, y - top, bottom - y
+        across = torch.minimum(left, right) / torch.maximum(left, right)
+        down = torch.minimum(top, bottom) / torch.maximum(top, bottom)
+        return (across * down).clamp(min=0).sqrt()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from detloss_triton import backend, blocks, memory
 from detloss_triton.backend import kernels
-from detloss_triton.boxes import Corners, coordinates_first, overlap
+from detloss_triton.boxes import Columns, columns, overlap
 from detloss_triton.op import Sample, direct
 
 from .regression import added_iou, centre_term, ciou, giou
@@ -67,7 +68,7 @@ def task_aligned(
         boxes, anchors, targets = boxes.contiguous(), anchors.contiguous(), targets.contiguous()
 
     def scored(p: Tensor, t: Tensor, points: Tensor, of_label: Tensor) -> tuple[Tensor, Tensor]:
-        score = _SIMILARITY[iou](_corners(p), _corners(t)).clamp(0, 1)
+        score = _SIMILARITY[iou](_columns(p), _columns(t)).clamp(0, 1)
         x, y = points
         inside = (x > t[0]) & (y > t[1]) & (x < t[2]) & (y < t[3])
         pair = _power(score, iou_power) * of_label.to(dtype).sigmoid().pow(class_power)
@@ -86,7 +87,7 @@ def task_aligned(
                 best[at] = score.amax(-1)
                 continue
             # Image by image, this stays in cache. NaN is not 0, and so is evaluated.
-            near = [overlap(_corners(a), _corners(b)).bool() for a, b in _each_image(p, t)]
+            near = [overlap(_columns(a), _columns(b)).bool() for a, b in _each_image(p, t)]
             pair = blocks.where(torch.stack(near)).flat
             row, anchor = pair // n_anchors, pair % n_anchors
             value, score = scored(
@@ -104,8 +105,9 @@ def _each_image(*boxes: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(x.unbind(1) for x in boxes), strict=True)
 
 
-def _corners(boxes: Tensor) -> Corners:
-    return Corners(*boxes.split(2))
+def _columns(boxes: Tensor) -> Columns:
+    x1, y1, x2, y2 = boxes
+    return x1, y1, x2, y2
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:
@@ -212,9 +214,10 @@ def match_cost(
     logits, boxes = logits.unflatten(0, shape), boxes.unflatten(0, shape)
     is_class = (labels >= 0) & (labels < n_classes)
     index = torch.where(is_class, labels, 0).long().unsqueeze(1)
-    t = coordinates_first(targets.to(dtype))[:, None, :, :, None]
-    p = coordinates_first(boxes.to(dtype)).unsqueeze(3)
-    t_corners, p_corners = (_around(*x.split(2)) for x in (t, p))
+    t = [c.unsqueeze(-1) for c in columns(targets.to(dtype))]
+    t_corners = _corners(t)
+    p = [c.unsqueeze(2) for c in columns(boxes.to(dtype))]
+    p_corners = _corners(p)
     for layers in blocks.slices(shape[0], n_images * n_targets * n_queries, boxes.device):
         of_layers = logits[layers]
         x = of_layers.gather(3, index.expand(len(of_layers), -1, n_queries, -1)).transpose(2, 3)
@@ -227,18 +230,19 @@ def match_cost(
                 - alpha * neg.pow(gamma) * (pos + _LOG_EPS).log()
             )
             for a, b in zip(p, t, strict=True):
-                pair_cost += cost_bbox * (a[at] - b[:, images]).abs()
-            pair_cost -= cost_giou * giou(
-                Corners(*(x[:, layers, images] for x in p_corners)),
-                Corners(*(x[:, :, images] for x in t_corners)),
-                _GIOU_EPS,
-            )
+                pair_cost += cost_bbox * (a[at] - b[images]).abs()
+            pair_cost -= cost_giou * giou(_at(p_corners, at), _at(t_corners, images), _GIOU_EPS)
             by_layer[at] = pair_cost
     return cost
 
 
-def _around(centre: Tensor, size: Tensor) -> Corners:
-    return Corners(centre - size / 2, centre + size / 2)
+def _corners(c: Sequence[Tensor]) -> Columns:
+    x, y, w, h = c
+    return x - w / 2, y - h / 2, x + w / 2, y + h / 2
+
+
+def _at(c: Columns, index: Any) -> Columns:
+    return c[0][index], c[1][index], c[2][index], c[3][index]
 
 
 @match_cost.triton

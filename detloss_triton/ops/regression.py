@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detloss_triton.backend import kernels
-from detloss_triton.boxes import Corners, area, area_of, corners, hull, overlap
+from detloss_triton.boxes import Columns, area, columns, hull, overlap
 from detloss_triton.gather import settled
 from detloss_triton.launch import TILE, Tile, power_of_2
 from detloss_triton.op import Input, Sample, row_loss
@@ -58,36 +58,38 @@ def _coordinate_samples(*params: dict[str, Any]) -> Callable[..., Iterator[Sampl
     return samples
 
 
-def _iou(p: Corners, t: Corners, eps: float) -> tuple[Tensor, Tensor]:
+def _iou(p: Columns, t: Columns, eps: float) -> tuple[Tensor, Tensor]:
     """(IoU, union) with the union at least eps."""
     inter = overlap(p, t)
     union = (area(p) + area(t) - inter).clamp(min=eps)
     return inter / union, union
 
 
-def giou(p: Corners, t: Corners, eps: float) -> Tensor:
-    """Generalised IoU of broadcastable boxes; union and hull at least eps."""
+def giou(p: Columns, t: Columns, eps: float) -> Tensor:
+    """Generalised IoU of broadcastable columns; union and hull at least eps."""
     iou, union = _iou(p, t, eps)
-    enclosing = area_of(hull(p, t).clamp(min=0)).clamp(min=eps)
+    width, height = hull(p, t)
+    enclosing = (width.clamp(min=0) * height.clamp(min=0)).clamp(min=eps)
     return iou - (enclosing - union) / enclosing
 
 
-def centre_term(p: Corners, t: Corners, eps: float) -> Tensor:
+def centre_term(p: Columns, t: Columns, eps: float) -> Tensor:
     """Squared distance of the centres over the squared diagonal of the enclosing box, plus eps."""
-    across = (p.low + p.high - t.low - t.high).square().sum(0)
-    return across / 4 / (hull(p, t).square().sum(0) + eps)
+    width, height = hull(p, t)
+    across = (p[0] + p[2] - t[0] - t[2]).square() + (p[1] + p[3] - t[1] - t[3]).square()
+    return across / 4 / (width.square() + height.square() + eps)
 
 
-def added_iou(p: Corners, t: Corners, eps: float) -> Tensor:
+def added_iou(p: Columns, t: Columns, eps: float) -> Tensor:
     inter = overlap(p, t)
     return inter / (area(p) + area(t) - inter + eps)
 
 
-def ciou(p: Corners, t: Corners, eps: float, alpha_grad: bool) -> Tensor:
-    """Complete IoU of broadcastable boxes: one by one, or all against all."""
+def ciou(p: Columns, t: Columns, eps: float, alpha_grad: bool) -> Tensor:
+    """Complete IoU of boxes given as broadcastable columns: one by one, or all against all."""
     iou = added_iou(p, t, eps)
     aspects = [_aspect(p, eps), _aspect(t, eps)]
-    if p.low.shape != t.low.shape:
+    if p[0].shape != t[0].shape:
         # Of a box, not of each pair it is in.
         aspects = [settled(x) for x in aspects]
     angle = aspects[0] - aspects[1]
@@ -96,9 +98,8 @@ def ciou(p: Corners, t: Corners, eps: float, alpha_grad: bool) -> Tensor:
     return iou - centre_term(p, t, eps) - (alpha if alpha_grad else alpha.detach()) * v
 
 
-def _aspect(box: Corners, eps: float) -> Tensor:
-    width, height = (box.high - box.low).unbind()
-    return torch.atan(width / (height + eps))
+def _aspect(box: Columns, eps: float) -> Tensor:
+    return torch.atan((box[2] - box[0]) / (box[3] - box[1] + eps))
 
 
 def _overlap_tile(loss: str, eps: float, option: Any = 0) -> Tile:
@@ -120,7 +121,7 @@ def _overlap_tile(loss: str, eps: float, option: Any = 0) -> Tile:
 )
 def iou_loss(pred: Tensor, target: Tensor, mode: str, eps: float) -> Tensor:
     """-log IoU, 1 - IoU^2 or 1 - IoU, with the IoU at least eps."""
-    iou, _ = _iou(corners(pred), corners(target), UNION_EPS)
+    iou, _ = _iou(columns(pred), columns(target), UNION_EPS)
     iou = iou.clamp(min=eps)
     if mode == "log":
         return -iou.log()
@@ -135,7 +136,7 @@ def _(pred: Tensor, target: Tensor, mode: str, eps: float) -> Tile:
 @row_loss(*_INPUTS, samples=_box_samples({"eps": 1e-6}), skip=True)
 def giou_loss(pred: Tensor, target: Tensor, eps: float) -> Tensor:
     """1 - IoU + (hull - union) / hull."""
-    return 1 - giou(corners(pred), corners(target), eps)
+    return 1 - giou(columns(pred), columns(target), eps)
 
 
 @giou_loss.triton
@@ -146,7 +147,7 @@ def _(pred: Tensor, target: Tensor, eps: float) -> Tile:
 @row_loss(*_INPUTS, samples=_box_samples({"eps": 1e-9}), skip=True)
 def diou_loss(pred: Tensor, target: Tensor, eps: float) -> Tensor:
     """1 - IoU + squared centre distance / squared diagonal of the hull."""
-    p, t = corners(pred), corners(target)
+    p, t = columns(pred), columns(target)
     return 1 - added_iou(p, t, eps) + centre_term(p, t, eps)
 
 
@@ -162,7 +163,7 @@ def _(pred: Tensor, target: Tensor, eps: float) -> Tile:
 )
 def ciou_loss(pred: Tensor, target: Tensor, eps: float, alpha_grad: bool) -> Tensor:
     """The DIoU loss plus alpha v, v = 4 / pi^2 (difference of the aspect angles)^2."""
-    return 1 - ciou(corners(pred), corners(target), eps, alpha_grad)
+    return 1 - ciou(columns(pred), columns(target), eps, alpha_grad)
 
 
 @ciou_loss.triton
