@@ -262,23 +262,23 @@ def _run(
 ) -> Tensor:
     """The losses of the parts. Their gradients are written to `gradients`; None is not wanted.
 
-    `upstream` is the upstream gradient of each row, 1 if None.
+    `upstream` is the upstream gradient of each row, 1 if None; with one, nobody asks for losses.
     """
-    out = torch.zeros(call.out_shape, dtype=call.dtype(parts[0].inputs))
+    found: list[Tensor] = []
     wanted = [g is not None for g in gradients or []]
     for part in parts:
         if part.at is not None:
             losses, some = _picked(call, part, part.at, wanted, upstream)
-            out += losses
             _put(gradients or [], part.at, some)
-            continue
-        out += _cut(call, part.weight, part.inputs, gradients, upstream)
-        if call.op.skip and part.weight is not None:
-            skipped = where(~part.weight.bool()).by_dimension
-            for g in gradients or []:
-                if g is not None:
-                    g[skipped] = 0
-    return out
+        else:
+            losses = _cut(call, part.weight, part.inputs, gradients, upstream)
+            if call.op.skip and part.weight is not None:
+                skipped = where(~part.weight.bool()).by_dimension
+                for g in gradients or []:
+                    if g is not None:
+                        g[skipped] = 0
+        found.append(losses)
+    return sum(found[1:], found[0])
 
 
 def _picked(
@@ -288,7 +288,7 @@ def _picked(
     wanted: Sequence[bool],
     upstream: Tensor | None,
 ) -> tuple[Tensor, Gradients]:
-    """What a part of some rows adds to the losses, and the gradients by its own inputs."""
+    """What a part of some rows adds to the losses, if asked, and the gradients by its inputs."""
     rows = at.rows(len(call.rows))
     some = memory.wanted_like(torch.empty_like, part.inputs, wanted) if any(wanted) else []
     picked = replace(call, keep=1, rows=rows.flat.shape)
@@ -297,7 +297,7 @@ def _picked(
     )
     if part.instead_of is not None:
         losses -= _cut(picked, part.weight, part.instead_of, None, None)
-    if call.keep == 0:
+    if call.keep == 0 or upstream is not None:
         return losses.sum(), some
     # Summed from a tensor of all rows: adding at an index is not repeatable with threads.
     each = losses.new_zeros((*call.rows, *losses.shape[1:]))

@@ -115,7 +115,7 @@ def _summed(losses: Tensor, mask: Tensor | None) -> Tensor:
 
 def _bce(logits: Tensor, targets: Tensor | None) -> Tensor:
     losses = F.softplus(logits, threshold=_EXACT)
-    return losses if targets is None else losses - logits * targets
+    return losses if targets is None else torch.addcmul(losses, logits, targets, value=-1)
 
 
 # Above 20 torch's softplus is the identity unless told otherwise: 2e-9 off, more than rounding.
