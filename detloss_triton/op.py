@@ -262,7 +262,7 @@ class Call:
         if weight is None:
             return losses
         losses = losses * (weight.unsqueeze(-1) if self.op.values else weight).to(dtype)
-        if blank or not skip or np.isfinite(losses.detach().numpy().sum()):
+        if blank or not skip or np.isfinite(losses.detach().sum().numpy()):
             return losses
         used = weight.bool()
         return torch.where(used.unsqueeze(-1) if self.op.values else used, losses, 0)

@@ -309,6 +309,7 @@ class OtherGIoU(nn.Module):
         self, pred: Tensor, target: Tensor, weight: Tensor, avg_factor: float | None = None
     ) -> Tensor:
         assert pred.dim() == 2 and weight.shape == pred.shape[:1]
+        assert (pred[:, 2:] != pred[:, :2]).all(), "background has the boxes of its anchors"
         low, high = torch.maximum(pred, target), torch.minimum(pred, target)
         inter = (high[:, 2:] - low[:, :2]).clamp(min=0).prod(1)
         hull = (low[:, 2:] - high[:, :2]).clamp(min=0).prod(1).clamp(min=1e-6)

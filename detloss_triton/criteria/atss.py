@@ -126,13 +126,15 @@ class ATSSCriterion(nn.Module):
         with torch.no_grad():
             centred = torch.where(is_object, self.centerness_target(grid, targets), 0)
         (box_norm,) = rank_means(centred.sum())
-        # Deltas of background are not looked at, so that whatever they hold, its gradient is 0.
+        # Deltas of background are not looked at, so that whatever they hold, its gradient is 0. A
+        # stranger's loss gets the boxes of anchors for them: those of no size it might not take.
         boxes = torch.cat([as_rows(level, 4) for level in bbox_pred], 1)
         used = is_object.to(centred.dtype)
-        if not isinstance(self.loss_bbox, Loss) or not self.reg_decoded_bbox:
-            boxes = torch.where(is_object.unsqueeze(-1), boxes, 0)
-        if self.reg_decoded_bbox:
+        if self.reg_decoded_bbox and isinstance(self.loss_bbox, Loss):
             boxes = decoded(self.bbox_coder, grid, boxes, used)
+        else:
+            boxes = torch.where(is_object.unsqueeze(-1), boxes, 0)
+            boxes = decoded(self.bbox_coder, grid, boxes) if self.reg_decoded_bbox else boxes
         box_losses = run_by_level(
             *(self.loss_bbox, boxes, targets, sizes), weight=centred, avg_factor=1.0
         )
