@@ -13,8 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import backend, memory
+from .entries import At, factor, where
 
 if TYPE_CHECKING:
     from .op import Call
@@ -41,40 +41,6 @@ Gradients = list[Tensor | None]
 _Index = tuple[int | slice, ...]
 
 
-@dataclass(frozen=True)
-class At:
-    """Some entries of tensors that have the leading dimensions `shape`: their flat indices."""
-
-    flat: Tensor
-    shape: torch.Size
-
-    @cached_property
-    def by_dimension(self) -> tuple[Tensor, ...]:
-        # Several dimensions at once take numpy's nonzero ten times as long.
-        found = np.unravel_index(self.flat.numpy(), tuple(self.shape))
-        return tuple(torch.from_numpy(index) for index in found)
-
-    def of(self, x: Tensor) -> Tensor:
-        if x.is_contiguous():  # A third of the time.
-            return x.flatten(0, len(self.shape) - 1).index_select(0, self.flat)
-        return x[self.by_dimension]
-
-    def put(self, x: Tensor, values: Tensor) -> None:
-        values = values.view(len(self.flat), *x.shape[len(self.shape) :])
-        if x.is_contiguous():
-            x.flatten(0, len(self.shape) - 1).index_copy_(0, self.flat, values)
-        else:
-            x[self.by_dimension] = values
-
-    def rows(self, n: int) -> At:
-        """The row of each entry, in the first n dimensions."""
-        return At(self.flat // self.shape[n:].numel(), self.shape[:n])
-
-    def feature(self, index: Tensor, n_features: int) -> At:
-        """One feature of each row."""
-        return At(self.flat * n_features + index, torch.Size([*self.shape, n_features]))
-
-
 class Part(NamedTuple):
     """Some rows of a call, evaluated with one set of inputs; a call is the sum of its parts.
 
@@ -91,26 +57,6 @@ class Part(NamedTuple):
 
 def everything(weight: Tensor | None, *inputs: Tensor | None) -> list[Part]:
     return [Part(inputs, weight)]
-
-
-def where(mask: Tensor) -> At:
-    """A CPU mask's set entries."""
-    return At(torch.from_numpy(np.flatnonzero(mask.numpy())), mask.shape)
-
-
-def factor(x: Tensor | None) -> Tensor | None:
-    """A mask or weights; None where a CPU sees that they are 1 everywhere, as most are."""
-    if x is None or x.numel() == 0 or not backend.is_eager_cpu(x.device):
-        return x
-    # Most that differ somewhere do so in their first rows.
-    return None if _is_one(x[:1]) and _is_one(x) else x
-
-
-def _is_one(x: Tensor) -> bool:
-    # torch's reductions of a large mask take many times as long.
-    if x.dtype == torch.bool:
-        return bool(x.numpy().all())
-    return bool((torch.stack(x.aminmax()).double().numpy() == 1).all())
 
 
 def pays(call: Call, weight: Tensor | None, inputs: _Inputs) -> bool:
@@ -176,7 +122,7 @@ class Ready(NamedTuple):
 def forward(
     call: Call, weight: Tensor | None, inputs: _Inputs, wanted: Sequence[bool]
 ) -> tuple[Tensor, Ready | None]:
-    """The losses; and where they are summed, the gradients of their sum."""
+    """The losses; and where they are found `in_forward`, the gradients of their sum."""
     parts = _parts(call, weight, inputs)
     first = parts[0]
     if not any(wanted) or not in_forward(call, inputs, few=first.at is not None):

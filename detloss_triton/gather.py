@@ -81,8 +81,8 @@ def hardest(x: Tensor, k: Tensor) -> Tensor:
     existing = k.clamp(1, x.shape[1])
     threshold = _kth_largest(x, existing)
     taken = ~(x < threshold)
-    unique = taken.sum(1, keepdim=True) == existing
-    if backend.is_eager_cpu(x.device) and unique.numpy().all():
+    as_many = taken.sum(1, keepdim=True) == existing
+    if backend.is_eager_cpu(x.device) and as_many.numpy().all():
         return taken & (k > 0)
     above = ~(x <= threshold)
     at = taken & ~above

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .backend import is_eager_cpu
 from .boxes import ltrb
+from .entries import factor
 from .functional import check_iou_mode, two_bins
 from .gather import first_set
 from .ops import classification, distribution, regression
@@ -176,12 +176,8 @@ class CrossEntropyLoss(Loss):
 
 def _kept(label: Tensor, ignore_index: int) -> Tensor | None:
     """Where a label or a target counts: a negative one never does. None where a CPU sees all do."""
-    if ignore_index < 0 and is_eager_cpu(label.device) and label.numel() > 0:
-        lowest = label.detach().amin().double().numpy()
-        if lowest >= 0:
-            return None
     kept = label >= 0
-    return kept if ignore_index < 0 else kept & (label != ignore_index)
+    return factor(kept if ignore_index < 0 else kept & (label != ignore_index))
 
 
 def _count(kept: Tensor | None, label: Tensor) -> int | Tensor:

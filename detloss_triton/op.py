@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backend, blocks, launch, traced
+from . import backend, blocks, entries, launch, traced
 from .blocks import Part
 
 REGISTRY: dict[str, Op] = {}
@@ -160,7 +160,7 @@ class RowOp(Op):
         if chosen == "torch" and not blocks.pays(call, weight, inputs):
             return call.whole(weight, *inputs)
         if chosen == "torch":
-            weight = blocks.factor(weight)
+            weight = entries.factor(weight)
         if not (torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)):
             # Cheaper; and where nothing requires a gradient Dynamo misreads a Function's arguments.
             out, _ = _MODULES[chosen].forward(call, weight, inputs, [False] * len(inputs))
@@ -261,11 +261,13 @@ class Call:
                 weight = weight.unsqueeze(-1)
         if weight is None:
             return losses
-        losses = losses * (weight.unsqueeze(-1) if self.op.values else weight).to(dtype)
+        if self.op.values:
+            weight = weight.unsqueeze(-1)
+        losses = losses * weight.to(dtype)
+        # A weight of 0 leaves nothing but NaN and infinities.
         if blank or not skip or np.isfinite(losses.detach().sum().numpy()):
             return losses
-        used = weight.bool()
-        return torch.where(used.unsqueeze(-1) if self.op.values else used, losses, 0)
+        return torch.where(weight.bool(), losses, 0)
 
     def whole(self, weight: Tensor | None, *inputs: Tensor | None) -> Tensor:
         """The reference on everything at once: for small inputs, and to be compiled."""
@@ -336,7 +338,10 @@ def row_loss(
 def row_map(
     *inputs: Input, values: int, samples: Callable[..., Iterator[Sample]], skip: bool = False
 ) -> Callable[[Callable[..., Tensor]], RowOp]:
-    """Declare the decorated torch reference as a map from rows of `inputs` to `values` numbers."""
+    """Declare the decorated torch reference as a map from rows of `inputs` to `values` numbers.
+
+    With `skip`, the values of a row of weight 0 are 0, whatever it holds.
+    """
     return lambda reference: RowOp(reference, inputs, samples, skip=skip, values=values)
 
 

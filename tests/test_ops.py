@@ -18,7 +18,7 @@ from torch import Tensor
 from trees import Unchanged
 
 from detloss_triton import backend as backends
-from detloss_triton import blocks, launch, memory, op, ops  # noqa: F401  (ops fills the registry)
+from detloss_triton import blocks, entries, launch, memory, op, ops  # noqa: F401  (ops fills the registry)
 from detloss_triton.op import REGISTRY, DirectOp, Input, Op, RowOp, Sample, row_loss
 
 ROW_OPS = [each for each in REGISTRY.values() if isinstance(each, RowOp)]
@@ -836,10 +836,10 @@ def test_arguments_are_checked_before_anything_runs(backend: str, device: torch.
 def test_factors_of_one_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask and weights of ones cost nothing; of any other value they count."""
     ones, half = torch.ones(3, 20), torch.full((3, 20), 0.5)
-    assert blocks.factor(None) is None and blocks.factor(ones.to(torch.bfloat16)) is None
+    assert entries.factor(None) is None and entries.factor(ones.to(torch.bfloat16)) is None
     for kept in (half, ones.index_fill(1, torch.tensor([7]), math.nan), torch.zeros(0)):
-        assert blocks.factor(kept) is kept
-    assert blocks.factor(torch.tensor([True, False])) is not None
+        assert entries.factor(kept) is kept
+    assert entries.factor(torch.tensor([True, False])) is not None
     focal = REGISTRY["sigmoid_focal"]
     assert isinstance(focal, RowOp)
     logits = torch.randn(3, 20, 5, generator=torch.Generator().manual_seed(0))

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detloss_triton.backend import kernels
-from detloss_triton.blocks import Part, everything, factor, where
+from detloss_triton.blocks import Part, everything
+from detloss_triton.entries import factor, where
 from detloss_triton.launch import TILE, Tile, power_of_2
 from detloss_triton.op import Input, Sample, row_loss
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from detloss_triton import backend, blocks, memory
 from detloss_triton.backend import kernels
 from detloss_triton.boxes import Columns, columns, overlap
+from detloss_triton.entries import where
 from detloss_triton.op import Sample, direct
 
 from .regression import added_iou, centre_term, ciou, giou
@@ -87,8 +88,9 @@ def task_aligned(
                 best[at] = score.amax(-1)
                 continue
             # Image by image, this stays in cache. NaN is not 0, and so is evaluated.
-            near = [overlap(_columns(a), _columns(b)).bool() for a, b in _each_image(p, t)]
-            pair = blocks.where(torch.stack(near)).flat
+            images = zip(p.unbind(1), t.unbind(1), strict=True)
+            near = [overlap(_columns(a), _columns(b)).bool() for a, b in images]
+            pair = where(torch.stack(near)).flat
             row, anchor = pair // n_anchors, pair % n_anchors
             value, score = scored(
                 p.flatten(1).index_select(1, row // t.shape[2] * n_anchors + anchor),
@@ -99,10 +101,6 @@ def task_aligned(
             metric[at].zero_().view(-1).scatter_(0, pair, value)
             best[at].view(-1).scatter_reduce_(0, row, score, "amax")
     return metric, best
-
-
-def _each_image(*boxes: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(x.unbind(1) for x in boxes), strict=True)
 
 
 def _columns(boxes: Tensor) -> Columns:

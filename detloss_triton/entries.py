@@ -1,0 +1,70 @@
+"""Which entries of tensors count, where a CPU can see it: masks, weights, and flat indices.
+
+A look costs no synchronisation where the host is the device. It is numpy's or a cast's, as torch
+takes several times as long to compare or to reduce a mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import backend
+
+
+@dataclass(frozen=True)
+class At:
+    """Some entries of tensors that have the leading dimensions `shape`: their flat indices."""
+
+    flat: Tensor
+    shape: torch.Size
+
+    @cached_property
+    def by_dimension(self) -> tuple[Tensor, ...]:
+        # Several dimensions at once take numpy's nonzero ten times as long.
+        found = np.unravel_index(self.flat.numpy(), tuple(self.shape))
+        return tuple(torch.from_numpy(index) for index in found)
+
+    def of(self, x: Tensor) -> Tensor:
+        if x.is_contiguous():  # A third of the time.
+            return x.flatten(0, len(self.shape) - 1).index_select(0, self.flat)
+        return x[self.by_dimension]
+
+    def put(self, x: Tensor, values: Tensor) -> None:
+        values = values.view(len(self.flat), *x.shape[len(self.shape) :])
+        if x.is_contiguous():
+            x.flatten(0, len(self.shape) - 1).index_copy_(0, self.flat, values)
+        else:
+            x[self.by_dimension] = values
+
+    def rows(self, n: int) -> At:
+        """The row of each entry, in the first n dimensions."""
+        return At(self.flat // self.shape[n:].numel(), self.shape[:n])
+
+    def feature(self, index: Tensor, n_features: int) -> At:
+        """One feature of each row."""
+        return At(self.flat * n_features + index, torch.Size([*self.shape, n_features]))
+
+
+def where(mask: Tensor) -> At:
+    """A CPU mask's set entries."""
+    return At(torch.from_numpy(np.flatnonzero(mask.numpy())), mask.shape)
+
+
+def factor(x: Tensor | None) -> Tensor | None:
+    """A mask or weights; None where a CPU sees that they are 1 everywhere, as most are."""
+    if x is None or x.numel() == 0 or not backend.is_eager_cpu(x.device):
+        return x
+    # Most that differ somewhere do so in their first rows.
+    return None if _is_one(x[:1]) and _is_one(x) else x
+
+
+def _is_one(x: Tensor) -> bool:
+    # torch's reductions of a large mask take many times as long.
+    if x.dtype == torch.bool:
+        return bool(x.numpy().all())
+    return bool((torch.stack(x.aminmax()).double().numpy() == 1).all())
