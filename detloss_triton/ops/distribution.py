@@ -12,6 +12,7 @@ from torch import Tensor
 from detloss_triton.backend import kernels
 from detloss_triton.launch import TILE, Tile, power_of_2
 from detloss_triton.op import Input, Sample, row_loss
+from detloss_triton.slope import with_slope
 
 # A program holds whole rows; wider ones would spill.
 MAX_BINS = 4096
@@ -125,10 +126,9 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
         x, q, log_x = _softmax(student, temperature)
         t, p, log_t = _softmax(teacher, temperature)
         bits = (p * (t - x)).sum(-1) + (log_x - log_t)
-        slope = q - p
-    # It is 0, and has this slope.
-    tangent = (slope * (student - student.detach())).sum(-1)
-    return temperature * (temperature * math.log(2) * bits + tangent)
+        losses = temperature**2 * math.log(2) * bits
+        slope = temperature * (q - p)
+    return with_slope(losses, slope, student)
 
 
 def _softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
