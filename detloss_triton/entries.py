@@ -63,6 +63,13 @@ def factor(x: Tensor | None) -> Tensor | None:
     return None if _is_one(x[:1]) and _is_one(x) else x
 
 
+def none_is_negative(x: Tensor) -> bool:
+    """Whether a CPU sees that all are at least 0, and none is NaN."""
+    if not backend.is_eager_cpu(x.device):
+        return False
+    return x.numel() == 0 or bool(x.detach().min().double().numpy() >= 0)
+
+
 def _is_one(x: Tensor) -> bool:
     # torch's reductions of a large mask take many times as long.
     if x.dtype == torch.bool:

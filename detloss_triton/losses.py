@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .boxes import ltrb
-from .entries import factor
+from .entries import factor, none_is_negative
 from .functional import check_iou_mode, two_bins
 from .gather import first_set
 from .ops import classification, distribution, regression
@@ -176,6 +176,8 @@ class CrossEntropyLoss(Loss):
 
 def _kept(label: Tensor, ignore_index: int) -> Tensor | None:
     """Where a label or a target counts: a negative one never does. None where a CPU sees all do."""
+    if ignore_index < 0 and none_is_negative(label):
+        return None
     kept = label >= 0
     return factor(kept if ignore_index < 0 else kept & (label != ignore_index))
 
