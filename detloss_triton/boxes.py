@@ -10,12 +10,7 @@ Columns = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def columns(boxes: Tensor) -> Columns:
-    """The four coordinates of (..., 4) boxes, each in memory of its own where that pays.
-
-    Dozens of operations follow on each column: eager, one copy up front makes them contiguous.
-    """
-    if not torch.compiler.is_compiling():
-        boxes = boxes.movedim(-1, 0).contiguous().movedim(0, -1)
+    """The four coordinates of (..., 4) boxes."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     return x1, y1, x2, y2
 
