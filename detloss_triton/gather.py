@@ -78,12 +78,10 @@ def hardest(x: Tensor, k: Tensor) -> Tensor:
     How many they are is known on the device only: they are those above a threshold, and of those at
     it the first. NaN is above all and always taken, and where the k-th is NaN, so is the row.
     """
-    existing = k.clamp(1, x.shape[1])
-    threshold = _kth_largest(x, existing)
+    threshold = _kth_largest(x, k.clamp(1, x.shape[1]))
     taken = ~(x < threshold)
-    as_many = taken.sum(1, keepdim=True) == existing
-    if backend.is_eager_cpu(x.device) and as_many.numpy().all():
-        return taken & (k > 0)
+    if backend.is_eager_cpu(x.device) and (taken.sum(1, keepdim=True) == k).numpy().all():
+        return taken
     above = ~(x <= threshold)
     at = taken & ~above
     left = k - above.sum(1, keepdim=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from detloss_triton.backend import kernels
@@ -36,7 +37,7 @@ def _samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
     Input("weight_right", optional=True),
     samples=_samples,
     skip=True,
-    temporaries=4,
+    temporaries=2,
 )
 def two_bin(
     logits: Tensor, left: Tensor, weight_left: Tensor | None, weight_right: Tensor | None
@@ -47,38 +48,38 @@ def two_bin(
     not exist costs 0; so does a right bin beyond the last.
     """
     last = logits.shape[-1] - 1
-    x, norm = _up_to_norm(logits)
-    index = left.clamp(0, last)
-    is_bin = index == left
-    index = index.long()
-    if weight_right is None and torch.compiler.is_compiling():
-        # Inductor fuses a comparison into its one loop; a gather's gradient is a loop of its own.
-        # For two bins two gathers are faster.
-        is_left = torch.arange(last + 1, device=index.device) == index.unsqueeze(-1)
-        loss = torch.where(is_left, x, 0).sum(-1)
-    else:
-        loss = x.gather(-1, index.unsqueeze(-1)).squeeze(-1)
-    if norm is not None:
-        loss = loss - norm
-    loss = loss * (is_bin if weight_left is None else is_bin * weight_left)
-    if weight_right is not None and last > 0:
-        at_right = x.gather(-1, (index + 1).clamp(max=last).unsqueeze(-1)).squeeze(-1)
-        if norm is not None:
-            at_right = at_right - norm
-        loss = loss + at_right * (weight_right * (is_bin & (index < last)))
-    return -loss
+    left = torch.where(left == left.clamp(0, last), left, -1).long()
+    bins = [left]
+    if weight_right is not None:
+        bins.append(torch.where((left >= 0) & (left < last), left + 1, -1))
+    loss, *right = _surprisals(logits, bins)
+    if weight_left is not None:
+        loss = loss * weight_left
+    return loss + right[0] * weight_right if weight_right is not None else loss
 
 
-def _up_to_norm(logits: Tensor) -> tuple[Tensor, Tensor | None]:
-    """log_softmax, or its two terms: logits up to a constant of their row, and the row's norm.
-
-    Inductor so reads the logits twice, for the largest and for the sum; the picked entries are
-    found on the way. In eager mode torch's own kernel is faster than the passes of this.
-    """
+def _surprisals(logits: Tensor, bins: list[Tensor]) -> list[Tensor]:
+    """-log softmax(logits) at one bin per row, for each of some; 0 at -1."""
     if not torch.compiler.is_compiling():
-        return logits.log_softmax(-1), None
+        log_p = logits.log_softmax(-1).reshape(-1, logits.shape[-1])
+        # A thread picks from the rows it wrote. A gather picks from those of another thread too,
+        # and then the cores wait for each other's caches, here for longer than log_softmax takes.
+        return [
+            F.nll_loss(log_p, index.reshape(-1), ignore_index=-1, reduction="none").view_as(index)
+            for index in bins
+        ]
+    # Inductor so reads the logits twice, for the largest and for the sum; the picked entries are
+    # found on the way.
     x = logits - logits.detach().amax(-1, keepdim=True)
-    return x, x.exp().sum(-1).log()
+    norm = x.exp().sum(-1).log()
+    if len(bins) > 1:
+        # Each comparison would be a pass over all bins.
+        at = [x.gather(-1, i.clamp(min=0).unsqueeze(-1)).squeeze(-1) for i in bins]
+    else:
+        # A gather's gradient is a loop of its own.
+        columns = torch.arange(x.shape[-1], device=x.device)
+        at = [torch.where(columns == i.unsqueeze(-1), x, 0).sum(-1) for i in bins]
+    return [torch.where(i >= 0, norm - found, 0) for i, found in zip(bins, at, strict=True)]
 
 
 @two_bin.triton
