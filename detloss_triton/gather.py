@@ -13,12 +13,14 @@ from .memory import take
 from .opaque import opaque
 
 
-def first_set(mask: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def first_set(mask: Tensor, n: int) -> tuple[Tensor, Tensor | None]:
     """Indices (n,) of the first n set entries of a 1-d mask, and whether there are that many.
 
-    Where there are fewer than n, the index is 0.
+    Where there are fewer than n, the index is 0; a CPU that sees there are enough says None.
     """
     index = _first_set(mask, n)
+    if backend.is_eager_cpu(mask.device) and (n == 0 or index.numpy()[-1] < mask.numel()):
+        return index, None
     found = index < mask.numel()
     return torch.where(found, index, 0), found
 

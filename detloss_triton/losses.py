@@ -476,6 +476,10 @@ class BCELoss(nn.Module):
         return classification.binary_cross_entropy(*inputs) / cls_norm
 
 
+def _of_found(found: Tensor | None, box_norm: Tensor) -> Tensor:
+    return box_norm.detach() if found is None else torch.where(found, box_norm.detach(), 0)
+
+
 class BoxLoss(nn.Module):
     """YOLOv9's box loss: 1 - CIoU of the matched anchors, weighted by their score."""
 
@@ -498,7 +502,7 @@ class BoxLoss(nn.Module):
             regression.ciou_loss(
                 predicts_bbox.reshape(-1, 4).index_select(0, index),
                 targets_bbox.detach().reshape(-1, 4).index_select(0, index),
-                weight=torch.where(found, box_norm.detach(), 0),
+                weight=_of_found(found, box_norm),
                 eps=YOLOV9_EPS,
                 alpha_grad=True,
             )
@@ -537,7 +541,7 @@ class DFLoss(nn.Module):
         index, found = first_set(valid_masks.flatten(), len(box_norm))
         distances = ltrb(centre.expand(len(targets_bbox), -1, -1), targets_bbox.detach())
         left, right_weight = two_bins(distances.reshape(-1, 4).index_select(0, index), self.reg_max)
-        weight = torch.where(found, box_norm.detach(), 0) / 4
+        weight = _of_found(found, box_norm) / 4
         return (
             distribution.two_bin(
                 predicts_anc.reshape(-1, *predicts_anc.shape[2:]).index_select(0, index),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from detloss_triton.entries import factor
 from detloss_triton.gather import first_set
 from detloss_triton.losses import CrossEntropyLoss, IoULoss, L1Loss
 from detloss_triton.memory import take
@@ -100,8 +99,7 @@ class YOLOXCriterion(nn.Module):
                 num_total_samples=POSITIVE(num_total_samples),
             )
         index, found = first_set(pos_masks.flatten(), n_positive)
-        weight = factor(found)
-        weight = None if weight is None else weight.to(torch.float32)
+        weight = None if found is None else found.to(torch.float32)
         boxes = _rows(flatten_bboxes, index)
         classes = _rows(flatten_cls_preds, index)
         loss = {
