@@ -698,6 +698,30 @@ def test_gradcheck(tested: RowOp) -> None:
     assert checked
 
 
+@over(("sigmoid_focal", "alpha", "gamma"), ("quality_focal", None, "beta"), name="loss")
+@over(0.0, 0.5, 1.0, 1.5, 2.0, name="exponent")
+def test_background_has_the_slope_of_its_value(
+    loss: tuple[str, str | None, str], exponent: float
+) -> None:
+    """It brings its derivative along: also where p is 0 and that of p^0.5 is infinite."""
+    name, balance, power = loss
+    tested = REGISTRY[name]
+    params = {power: exponent} | ({balance: 0.25} if balance else {})
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(6, 4, generator=generator)
+
+    def function(logits: Tensor, mask: Tensor | None) -> Tensor:
+        result: Tensor = tested.reference(logits, None, None, mask, **params)
+        return result
+
+    logits = torch.randn(6, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(function, (logits, None))
+    assert torch.autograd.gradcheck(function, (logits, mask.double()))
+    far = torch.tensor([[-200.0, -math.inf]], requires_grad=True)
+    function(far, None).sum().backward()
+    assert far.grad is not None and not far.grad.any()
+
+
 # The class ops, recognised by their inputs: extreme logits and labels that are no class.
 CLASS_OPS = [each for each in ROW_OPS if each.inputs[0].name == "logits"]
 
@@ -840,6 +864,10 @@ def test_factors_of_one_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     for kept in (half, ones.index_fill(1, torch.tensor([7]), math.nan), torch.zeros(0)):
         assert entries.factor(kept) is kept
     assert entries.factor(torch.tensor([True, False])) is not None
+    kinds = [torch.zeros(3), torch.arange(4), torch.ones(2).bfloat16(), torch.zeros(0)]
+    assert all(entries.none_is_negative(x) for x in kinds)
+    negative = [torch.tensor([0.0, math.nan]), torch.tensor([2, -1])]
+    assert not any(entries.none_is_negative(x) for x in [*negative, torch.zeros(3, device="meta")])
     focal = REGISTRY["sigmoid_focal"]
     assert isinstance(focal, RowOp)
     logits = torch.randn(3, 20, 5, generator=torch.Generator().manual_seed(0))
