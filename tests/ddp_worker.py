@@ -6,7 +6,6 @@ those whose normalisers are means over ranks.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from trees import mapped
 
 from detloss_triton import sum_losses
 from detloss_triton.bench.batches import DENSE as BUILDERS
+from detloss_triton.demo import ranks
 from detloss_triton.demo.detectors import RECIPES
 from detloss_triton.demo.shapes import CLASS_NAMES, ShapeImages
 from detloss_triton.demo.train import Settings, fit
@@ -127,8 +127,7 @@ def main() -> None:
     # keeps them from the interpreter's lock, and never return: `check` has dropped it by now.
     print(f"rank {dist.get_rank()} agrees", flush=True)
     dist.destroy_process_group()
-    # A thread of gloo that outlives the group aborts the process at its end, now and then.
-    os._exit(0)
+    ranks.leave()
 
 
 main()
