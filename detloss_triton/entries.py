@@ -1,7 +1,7 @@
 """Which entries of tensors count, where a CPU can see it: masks, weights, and flat indices.
 
-A look costs no synchronisation where the host is the device. It is numpy's or a cast's, as torch
-takes several times as long to compare or to reduce a mask.
+A look costs no synchronisation where the host is the device. It is numpy's, a cast's or at extremes
+only, as torch takes several times as long to compare or to reduce a mask.
 """
 
 from __future__ import annotations
