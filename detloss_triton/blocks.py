@@ -143,15 +143,15 @@ def backward(
     ready: Ready | None,
 ) -> Gradients:
     """The gradients. `ready` are those that forward found: they are used up."""
-    upstream = dout[(..., *[None] * (len(call.rows) - call.keep))]
     if ready is None:
         parts = _parts(call, weight, inputs)
         if in_forward(call, inputs, few=parts[0].at is not None):
             ready = forward(call, weight, inputs, wanted)[1]
     if ready is not None:
-        return _scaled(call, inputs, upstream, ready)
+        return _scaled(call, inputs, dout, ready)
+    upstream = dout
     if not call.op.values:
-        upstream = upstream.expand(call.rows)
+        upstream = dout[(..., *[None] * (len(call.rows) - call.keep))].expand(call.rows)
     if parts[0].at is None:
         # A cast takes a fifth of the time of a comparison.
         live = upstream.bool().any(-1) if call.op.values else upstream.bool()
@@ -163,11 +163,11 @@ def backward(
     return gradients
 
 
-def _scaled(call: Call, inputs: _Inputs, upstream: Tensor, ready: Ready) -> Gradients:
+def _scaled(call: Call, inputs: _Inputs, dout: Tensor, ready: Ready) -> Gradients:
     """The gradients found in forward, times the upstream gradient."""
-    if ready.at is not None:
-        upstream = ready.at.of(upstream.expand(call.rows))
-    scale = factor(upstream)
+    if ready.at is not None and call.keep > 0:
+        dout = ready.at.rows(call.keep).of(dout)
+    scale = factor(dout)
     for g in ready.gradients:
         if g is not None and scale is not None:
             g *= scale[(..., *[None] * (g.dim() - scale.dim()))]

@@ -43,6 +43,8 @@ class At:
 
     def rows(self, n: int) -> At:
         """The row of each entry, in the first n dimensions."""
+        if n == len(self.shape):
+            return self
         return At(self.flat // self.shape[n:].numel(), self.shape[:n])
 
     def feature(self, index: Tensor, n_features: int) -> At:
@@ -60,18 +62,25 @@ def factor(x: Tensor | None) -> Tensor | None:
     if x is None or x.numel() == 0 or not backend.is_eager_cpu(x.device):
         return x
     # Most that differ somewhere do so in their first rows.
-    return None if _is_one(x[:1]) and _is_one(x) else x
+    return None if (x.dim() == 0 or _is_one(x[:1])) and _is_one(x) else x
 
 
-def none_is_negative(x: Tensor) -> bool:
-    """Whether a CPU sees that all are at least 0, and none is NaN."""
+def all_within(x: Tensor, low: float, high: float) -> bool:
+    """Whether a CPU sees that all are in [low, high], and none is NaN."""
     if not backend.is_eager_cpu(x.device):
         return False
-    return x.numel() == 0 or bool(x.detach().min().double().numpy() >= 0)
+    if x.numel() == 0:
+        return True
+    least, most = _extremes(x)
+    return bool(low <= least and most <= high)
+
+
+def _extremes(x: Tensor) -> np.ndarray:
+    return torch.stack(x.detach().aminmax()).double().numpy()
 
 
 def _is_one(x: Tensor) -> bool:
     # torch's reductions of a large mask take many times as long.
     if x.dtype == torch.bool:
         return bool(x.numpy().all())
-    return bool((torch.stack(x.aminmax()).double().numpy() == 1).all())
+    return bool((_extremes(x) == 1).all())

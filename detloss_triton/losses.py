@@ -8,6 +8,7 @@ A box whose weight is 0 adds exactly nothing, whatever it holds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .boxes import ltrb
-from .entries import factor, none_is_negative
+from .entries import all_within, factor
 from .functional import check_iou_mode, two_bins
 from .gather import first_set
 from .ops import classification, distribution, regression
@@ -176,7 +177,7 @@ class CrossEntropyLoss(Loss):
 
 def _kept(label: Tensor, ignore_index: int) -> Tensor | None:
     """Where a label or a target counts: a negative one never does. None where a CPU sees all do."""
-    if ignore_index < 0 and none_is_negative(label):
+    if ignore_index < 0 and all_within(label, 0, math.inf):
         return None
     kept = label >= 0
     return factor(kept if ignore_index < 0 else kept & (label != ignore_index))

@@ -155,6 +155,8 @@ def test_same_seed_gives_same_losses(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_interrupt_ends_cleanly(tmp_path: Path) -> None:
+    # A shell makes what it runs in the background ignore SIGINT, and so all that this starts.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [*COMMAND, "train", *TINY, "--steps", "100000"],
         cwd=tmp_path,
@@ -162,6 +164,7 @@ def test_interrupt_ends_cleanly(tmp_path: Path) -> None:
         # Not the terminal's process group: a SIGINT for the test run must not reach it.
         start_new_session=True,
     )
+    signal.signal(signal.SIGINT, ours)
     assert process.stderr is not None
     seen = b""
     while b"training:" not in seen:

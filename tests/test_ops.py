@@ -857,6 +857,14 @@ def test_arguments_are_checked_before_anything_runs(backend: str, device: torch.
         giou(score[0], score[0], eps=1e-6)
 
 
+def test_all_within() -> None:
+    inside = [torch.zeros(3), torch.arange(4), torch.ones(2).bfloat16(), torch.zeros(0)]
+    assert all(entries.all_within(x, 0, 3) for x in inside)
+    outside = [torch.tensor([0.0, math.nan]), torch.tensor([2, -1]), torch.arange(5)]
+    unseen = torch.zeros(3, device="meta")
+    assert not any(entries.all_within(x, 0, 3) for x in [*outside, unseen])
+
+
 def test_factors_of_one_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask and weights of ones cost nothing; of any other value they count."""
     ones, half = torch.ones(3, 20), torch.full((3, 20), 0.5)
@@ -864,10 +872,6 @@ def test_factors_of_one_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     for kept in (half, ones.index_fill(1, torch.tensor([7]), math.nan), torch.zeros(0)):
         assert entries.factor(kept) is kept
     assert entries.factor(torch.tensor([True, False])) is not None
-    kinds = [torch.zeros(3), torch.arange(4), torch.ones(2).bfloat16(), torch.zeros(0)]
-    assert all(entries.none_is_negative(x) for x in kinds)
-    negative = [torch.tensor([0.0, math.nan]), torch.tensor([2, -1])]
-    assert not any(entries.none_is_negative(x) for x in [*negative, torch.zeros(3, device="meta")])
     focal = REGISTRY["sigmoid_focal"]
     assert isinstance(focal, RowOp)
     logits = torch.randn(3, 20, 5, generator=torch.Generator().manual_seed(0))

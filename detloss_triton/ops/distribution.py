@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detloss_triton.backend import kernels
+from detloss_triton.entries import all_within
 from detloss_triton.launch import TILE, Tile, power_of_2
 from detloss_triton.op import Input, Sample, row_loss
 from detloss_triton.slope import with_slope
@@ -48,7 +49,9 @@ def two_bin(
     not exist costs 0; so does a right bin beyond the last.
     """
     last = logits.shape[-1] - 1
-    left = torch.where(left == left.clamp(0, last), left, -1).long()
+    if not all_within(left, 0, last):
+        left = torch.where(left == left.clamp(0, last), left, -1)
+    left = left.long()
     bins = [left]
     if weight_right is not None:
         bins.append(torch.where((left >= 0) & (left < last), left + 1, -1))
