@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import mmap
 import threading
 import weakref
@@ -43,16 +44,32 @@ _choosing = threading.Lock()
 _ticks = itertools.count()
 
 
+def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`like.new_empty(shape, dtype=dtype)`."""
+    dtype = dtype or like.dtype
+    n_bytes = math.prod(shape) * dtype.itemsize
+    if not _pays(n_bytes, like.device):
+        return like.new_empty(shape, dtype=dtype)
+    return _mapped(n_bytes).view(dtype).view(shape)
+
+
 def empty_like(x: Tensor) -> Tensor:
-    return _mapped(x) if _is_mapped(x) else torch.empty_like(x)
+    """`torch.empty_like(x)`, in the layout of x."""
+    n_bytes = x.numel() * x.element_size()
+    if not _pays(n_bytes, x.device):
+        return torch.empty_like(x)
+    strides = torch.empty_like(x, device="meta").stride()
+    return _mapped(n_bytes).view(x.dtype).as_strided(x.shape, strides)
+
+
+def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+    """`like.new_zeros(shape)`."""
+    return _zeroed(empty(shape, like))
 
 
 def zeros_like(x: Tensor) -> Tensor:
-    out = empty_like(x)
-    if not _is_mapped(x) or torch.get_num_threads() > _FEW_THREADS:
-        return out.zero_()
-    ctypes.memset(out.data_ptr(), 0, out.numel() * out.element_size())
-    return out
+    """`torch.zeros_like(x)`, in the layout of x."""
+    return _zeroed(empty_like(x))
 
 
 def wanted_like(
@@ -82,8 +99,7 @@ def cat(rows: Sequence[Sequence[Tensor]]) -> Tensor:
     if mixed or not backend.is_eager_cpu(first.device):
         return torch.cat([torch.cat(row, -1) for row in pieces])
     depths = [len(row[0]) for row in pieces]
-    shape = sum(depths), *first.shape[1:-1], sum(x.shape[-1] for x in pieces[0])
-    out = empty_like(first.new_empty(()).expand(shape))
+    out = empty((sum(depths), *first.shape[1:-1], sum(x.shape[-1] for x in pieces[0])), first)
     for row, part in zip(pieces, out.split(depths), strict=True):
         torch.cat(row, -1, out=part)
     return out
@@ -111,8 +127,8 @@ def forked(x: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
 class _Stack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:
-        like = tensors[0].expand(len(tensors), *tensors[0].shape)
-        return torch.stack(tensors, out=empty_like(like))
+        first = tensors[0]
+        return torch.stack(tensors, out=empty((len(tensors), *first.shape), first))
 
     @staticmethod
     @once_differentiable
@@ -160,28 +176,34 @@ class _Take(torch.autograd.Function):
 )
 def _untake(x: Tensor, shape: list[int], dim: int, index: Tensor) -> Tensor:
     """x added to zeros of a shape, where `take` took it."""
-    zeros = zeros_like(x.new_empty(()).expand(shape))
+    out = zeros(shape, x)
     if index.dim() > 1:
-        return zeros.scatter_add_(dim, index, x)
-    if (index[1:] > index[:-1]).numpy().all():
+        return out.scatter_add_(dim, index, x)
+    order = index.numpy()
+    if (order[1:] > order[:-1]).all():
         # Each was taken once, and adding would go slice by slice.
-        return zeros.index_copy_(dim, index, x)
-    return zeros.index_add_(dim, index, x)
+        return out.index_copy_(dim, index, x)
+    return out.index_add_(dim, index, x)
 
 
-def _is_mapped(x: Tensor) -> bool:
+def _zeroed(x: Tensor) -> Tensor:
     n_bytes = x.numel() * x.element_size()
-    return _LARGE <= n_bytes <= _HUGE and backend.is_eager_cpu(x.device)
+    if not _pays(n_bytes, x.device) or torch.get_num_threads() > _FEW_THREADS:
+        return x.zero_()
+    ctypes.memset(x.data_ptr(), 0, n_bytes)
+    return x
 
 
-def _mapped(x: Tensor) -> Tensor:
-    """Memory in the layout of x. It is free again when the last tensor that shares it is gone."""
-    n_bytes = x.numel() * x.element_size()
+def _pays(n_bytes: int, device: torch.device) -> bool:
+    return backend.is_eager_cpu(device) and _LARGE <= n_bytes <= _HUGE
+
+
+def _mapped(n_bytes: int) -> Tensor:
+    """So many bytes. They are free again when the last tensor that shares them is gone."""
     mapping = _mapping(n_bytes)
     owner = np.frombuffer(mapping, np.uint8, n_bytes)
     weakref.finalize(owner, _release, mapping).atexit = False
-    layout = torch.empty_like(x, device="meta").stride()
-    return torch.from_numpy(owner).view(x.dtype).as_strided(x.shape, layout)
+    return torch.from_numpy(owner)
 
 
 def _release(mapping: mmap.mmap) -> None:

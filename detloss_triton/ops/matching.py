@@ -59,7 +59,7 @@ def task_aligned(
     """
     n_images, n_targets, n_anchors = logits.shape
     dtype = torch.float64 if boxes.dtype == torch.float64 else torch.float32
-    metric = memory.empty_like(logits.new_empty((), dtype=dtype).expand(logits.shape))
+    metric = memory.empty(logits.shape, logits, dtype)
     best = logits.new_zeros((n_images, n_targets), dtype=dtype)
     if n_anchors == 0:
         return metric, best
