@@ -44,15 +44,13 @@ _Index = tuple[int | slice, ...]
 class Part(NamedTuple):
     """Some rows of a call, evaluated with one set of inputs; a call is the sum of its parts.
 
-    `at` says which rows of the call they are, or which features of its first input's rows: None is
-    all rows in order. `instead_of` are the inputs that another part took for them: what these gave
-    is subtracted from the losses, and their gradients are overwritten.
+    `at` says which rows of the call they are, None is all in order; their gradients replace those
+    of a part before.
     """
 
     inputs: _Inputs
     weight: Tensor | None
     at: At | None = None
-    instead_of: _Inputs | None = None
 
 
 def everything(weight: Tensor | None, *inputs: Tensor | None) -> list[Part]:
@@ -60,8 +58,8 @@ def everything(weight: Tensor | None, *inputs: Tensor | None) -> list[Part]:
 
 
 def pays(call: Call, weight: Tensor | None, inputs: _Inputs) -> bool:
-    """Whether the call is worth cutting, or looking which rows are alive: eager, on the CPU, and
-    more than one block, or where rows may be skipped more than `FEW`, long.
+    """Whether it pays to cut the call into blocks, or to look for rows that count: in eager mode
+    on a CPU, with more than one block, or with more than `FEW` rows that may be skipped.
     """
     device = next(x.device for x in inputs if x is not None)
     if not call.rows or not backend.is_eager_cpu(device):
@@ -180,7 +178,7 @@ def _scaled(call: Call, inputs: _Inputs, dout: Tensor, ready: Ready) -> Gradient
 
 
 def _put(gradients: Gradients, at: At, some: Gradients) -> None:
-    """Write gradients of the rows, or single features, at an index."""
+    """Write gradients of the rows at an index."""
     for g, values in zip(gradients, some, strict=True):
         if g is not None and values is not None:
             at.put(g, values)
@@ -235,19 +233,16 @@ def _picked(
     upstream: Tensor | None,
 ) -> tuple[Tensor, Gradients]:
     """What a part of some rows adds to the losses, if asked, and the gradients by its inputs."""
-    rows = at.rows(len(call.rows))
     some = memory.wanted_like(torch.empty_like, part.inputs, wanted) if any(wanted) else []
-    picked = replace(call, keep=1, rows=rows.flat.shape)
+    picked = replace(call, keep=1, rows=at.flat.shape)
     losses = _cut(
-        picked, part.weight, part.inputs, some, None if upstream is None else rows.of(upstream)
+        picked, part.weight, part.inputs, some, None if upstream is None else at.of(upstream)
     )
-    if part.instead_of is not None:
-        losses -= _cut(picked, part.weight, part.instead_of, None, None)
     if call.keep == 0 or upstream is not None:
         return losses.sum(), some
     # Summed from a tensor of all rows: adding at an index is not repeatable with threads.
     each = losses.new_zeros((*call.rows, *losses.shape[1:]))
-    rows.put(each, losses)
+    at.put(each, losses)
     return call.summed(each), some
 
 
@@ -259,7 +254,7 @@ def _cut(
     upstream: Tensor | None,
 ) -> Tensor:
     """The losses of all rows, and their gradients, block by block."""
-    out = torch.zeros(call.out_shape, dtype=call.dtype(inputs))
+    out = torch.zeros(call.out_shape, dtype=call.dtype(inputs), device="cpu")
     one = out.new_ones(())
     for index in _indices(call.rows, inputs, call.op.temporaries):
         block = [None if x is None else x[index].detach() for x in inputs]

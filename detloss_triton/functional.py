@@ -131,6 +131,9 @@ def cross_entropy(
 ) -> Tensor:
     """Softmax cross-entropy of each row; a label outside [0, C) costs 0.
 
+    Unlike torch's, `weight` is of rows, not of classes, and a mean is over all rows, whatever they
+    weigh or cost.
+
     Shapes:
         inputs: (..., C) logits. labels: (...,) int. weight: (...,) factor of each row, or None.
     """
@@ -151,24 +154,13 @@ def distribution_focal_loss(
         inputs: (..., bins) logits. targets: (...,) in [0, bins - 1), clamped into it.
         weight: (...,), or None. Returns (...,) for "none".
     """
-    left, right_weight = two_bins(targets, inputs.shape[-1])
+    left, right_weight = distribution.two_bins(targets, inputs.shape[-1])
     return reduced(
         distribution.two_bin,
         *(inputs, left, 1 - right_weight, right_weight),
         weight=weight,
         reduction=reduction,
     )
-
-
-# Keeps a target off the last bin, which has no right neighbour.
-BIN_MARGIN = 0.01
-
-
-def two_bins(distances: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """(left bin, weight of the bin to its right) of distances clamped to [0, bins - 1.01]."""
-    distances = distances.clamp(0, bins - 1 - BIN_MARGIN)
-    left = distances.floor()
-    return left.long(), distances - left
 
 
 def iou_loss(
@@ -182,16 +174,8 @@ def iou_loss(
         pred, target: (..., 4) boxes xyxy. Returns (...,) for "none".
     """
     _box_pairs(pred, target, "pred and target")
-    check_iou_mode(mode)
+    regression.check_iou_mode(mode)
     return reduced(regression.iou_loss, pred, target, reduction=reduction, mode=mode, eps=eps)
-
-
-IOU_MODES = ("log", "square", "linear")
-
-
-def check_iou_mode(mode: str) -> None:
-    if mode not in IOU_MODES:
-        raise ValueError(f"mode must be one of {', '.join(IOU_MODES)}, got {mode!r}")
 
 
 def generalized_box_iou_loss(

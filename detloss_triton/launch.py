@@ -7,7 +7,7 @@ the outer row, inner row and feature dimension `s_x_o`, `s_x_i`, `s_x_f`, flags 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from . import backend, memory
 
 if TYPE_CHECKING:
-    from .op import Call
+    from .op import Call, Input
 
 # Elements a program holds at a time, per input: with 4 warps, 8 in each lane. Twice as many would
 # take 230 registers in the focal loss and leave room for two programs on a multiprocessor.
@@ -52,7 +52,7 @@ def forward(
     """The losses, and no gradients: to write them is what costs, and backward does it once."""
     if math.prod(call.rows) == 0:
         return _first(inputs).new_zeros(call.out_shape, dtype=torch.float32), None
-    return _run(call, weight, inputs, None, [None] * len(inputs)).view(call.out_shape), None
+    return _run(call, weight, inputs, None, [None] * len(inputs)), None
 
 
 def backward(
@@ -85,10 +85,11 @@ def _run(
     n_blocks = -(-n_segment // tile.rows)
     n_programs = n_rows // n_segment * n_blocks
     first = _first(inputs)
+    is_partial = not each and n_blocks > 1
     out = dout
     if out is None:
-        n_out = n_rows * max(call.op.values, 1) if each else n_programs
-        out = first.new_empty(n_out, dtype=torch.float32)
+        shape = (*call.out_shape, n_blocks) if is_partial else call.out_shape
+        out = first.new_empty(shape, dtype=torch.float32)
 
     named: dict[str, Tensor | None] = {"weight": weight}
     for spec, x, gradient in zip(specs, inputs, gradients, strict=True):
@@ -99,28 +100,12 @@ def _run(
     if layout is None:
         return _run_contiguous(call, weight, inputs, dout, gradients)
     n_inner, strides = layout
-    arguments: dict[str, Any] = {"HAS_WEIGHT": weight is not None}
-    present = iter(strides)
-    featured = {s.name for s in specs if s.features} | {f"d{s.name}" for s in specs if s.features}
-    for name, x in named.items():
-        outer, inner = next(present) if x is not None else (0, 0)
-        arguments[f"p_{name}"] = first if x is None else x
-        arguments[f"s_{name}_o"] = outer
-        arguments[f"s_{name}_i"] = inner
-        if name in featured:
-            arguments[f"s_{name}_f"] = 0 if x is None else x.stride(-1)
-    for spec, x in zip(specs, inputs, strict=True):
-        if spec.optional:
-            arguments[f"HAS_{spec.name.upper()}"] = x is not None
-    if sum(spec.grad for spec in specs) > 1:
-        for spec in specs:
-            if spec.grad:
-                arguments[f"GRAD_{spec.name.upper()}"] = named[f"d{spec.name}"] is not None
     backend.launch(
         tile.kernel,
         (n_programs,),
         first.device,
-        **arguments,
+        **_arguments(specs, named, strides, first),
+        # A kernel uses one of the two: `BACKWARD` says which.
         p_out=out,
         p_dout=out,
         n_segment=n_segment,
@@ -133,9 +118,34 @@ def _run(
         BR=tile.rows,
         **tile.constants,
     )
-    if dout is not None or each or n_blocks == 1:
-        return out
-    return out.view(-1, n_blocks).sum(1)
+    return out.sum(-1) if dout is None and is_partial else out
+
+
+def _arguments(
+    specs: Sequence[Input],
+    named: dict[str, Tensor | None],
+    strides: Iterable[tuple[int, int]],
+    missing: Tensor,
+) -> dict[str, Any]:
+    """Pointers, strides and flags of the tensors; `missing` stands in for None, and is not read."""
+    present = iter(strides)
+    featured = {s.name for s in specs if s.features} | {f"d{s.name}" for s in specs if s.features}
+    arguments: dict[str, Any] = {"HAS_WEIGHT": named["weight"] is not None}
+    for name, x in named.items():
+        outer, inner = next(present) if x is not None else (0, 0)
+        arguments[f"p_{name}"] = missing if x is None else x
+        arguments[f"s_{name}_o"] = outer
+        arguments[f"s_{name}_i"] = inner
+        if name in featured:
+            arguments[f"s_{name}_f"] = 0 if x is None else x.stride(-1)
+    for spec in specs:
+        if spec.optional:
+            arguments[f"HAS_{spec.name.upper()}"] = named[spec.name] is not None
+    differentiable = [spec.name for spec in specs if spec.grad]
+    if len(differentiable) > 1:
+        for name in differentiable:
+            arguments[f"GRAD_{name.upper()}"] = named[f"d{name}"] is not None
+    return arguments
 
 
 def _run_contiguous(

@@ -3,7 +3,8 @@
 Leading dimensions are free: (N, C) as in OTX, or (batch, anchors, C) views that need no copy.
 `forward(..., weight, avg_factor, reduction_override)` is common to them: losses times weight, then
 their mean, sum, or with avg_factor their sum / (avg_factor + 2^-23), then times `loss_weight`.
-A box whose weight is 0 adds exactly nothing, whatever it holds.
+A box whose weight is 0 adds exactly nothing, whatever it holds. As in OTX, further keyword
+arguments are ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 
 from .boxes import ltrb
 from .entries import all_within, factor
-from .functional import check_iou_mode, two_bins
 from .gather import first_set
 from .ops import classification, distribution, regression
 from .reduction import EPS32, check_reduction, reduced
@@ -108,13 +108,11 @@ class CrossEntropyLoss(Loss):
             by_class = self._weights_for(cls_score)
             of_label = by_class[label.clamp(0, len(by_class) - 1)]
             weight = of_label if weight is None else weight * of_label
-        if avg_factor is None and self.avg_non_ignore and not self._keeps_all(reduction_override):
-            avg_factor = _count(kept, label)
         return self._reduced(
             distribution.two_bin,
             *(cls_score, label if kept is None else torch.where(kept, label, -1), None, None),
             weight=weight,
-            avg_factor=avg_factor,
+            avg_factor=self._divisor(avg_factor, reduction_override, kept, label.numel()),
             override=reduction_override,
         )
 
@@ -122,8 +120,18 @@ class CrossEntropyLoss(Loss):
         assert self._class_weight is not None
         return self._class_weight.to(scores.device)
 
-    def _keeps_all(self, override: str | None) -> bool:
-        return (override or self.reduction) != "mean"
+    def _divisor(
+        self,
+        avg_factor: float | Tensor | None,
+        override: str | None,
+        kept: Tensor | None,
+        n_losses: int,
+    ) -> float | Tensor | None:
+        """`avg_factor`; or with `avg_non_ignore`, how many of the losses a mean is over."""
+        reduction = self.reduction if override is None else override
+        if avg_factor is not None or not self.avg_non_ignore or reduction != "mean":
+            return avg_factor
+        return n_losses if kept is None else kept.sum() * (n_losses // max(kept.numel(), 1))
 
     def _sigmoid(
         self,
@@ -139,14 +147,11 @@ class CrossEntropyLoss(Loss):
         dense = label.dim() == score.dim()
         each = (override or self.reduction) == "none"
         if self.class_weight is None and not dense and not each and _is_row(weight, label):
-            entries = score.shape[-1]
-            if avg_factor is None and self.avg_non_ignore and not self._keeps_all(override):
-                avg_factor = _count(kept, label) * entries
             return self._reduced(
                 classification.binary_cross_entropy,
                 *(score, label, None, None),
                 weight=_product(weight, kept),
-                avg_factor=avg_factor,
+                avg_factor=self._divisor(avg_factor, override, kept, score.numel()),
                 count=score.numel(),
                 override=override,
             )
@@ -160,9 +165,10 @@ class CrossEntropyLoss(Loss):
             for x in (kept, weight)
         )
         weight = _product(weight, kept)
-        if avg_factor is None and self.avg_non_ignore and not self._keeps_all(override):
-            avg_factor = _count(kept, target)
-        rest: dict[str, Any] = {"avg_factor": avg_factor, "override": override}
+        rest: dict[str, Any] = {
+            "avg_factor": self._divisor(avg_factor, override, kept, score.numel()),
+            "override": override,
+        }
         op, x = classification.binary_cross_entropy, score.unsqueeze(-1)
         loss = self._reduced(op, x, None, target, None, weight=weight, **rest)
         if self.class_weight is not None:
@@ -181,10 +187,6 @@ def _kept(label: Tensor, ignore_index: int) -> Tensor | None:
         return None
     kept = label >= 0
     return factor(kept if ignore_index < 0 else kept & (label != ignore_index))
-
-
-def _count(kept: Tensor | None, label: Tensor) -> int | Tensor:
-    return label.numel() if kept is None else kept.sum()
 
 
 def _product(weight: Tensor | None, kept: Tensor | None) -> Tensor | None:
@@ -212,6 +214,8 @@ class CrossSigmoidFocalLoss(Loss):
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(reduction, loss_weight)
+        if not use_sigmoid:
+            raise ValueError("use_sigmoid must be True: focal loss is a sigmoid loss")
         self.use_sigmoid = use_sigmoid
         self.gamma = gamma
         self.alpha = alpha
@@ -378,7 +382,7 @@ class IoULoss(_BoxLoss):
         mode: str = "log",
     ) -> None:
         super().__init__(reduction, loss_weight)
-        check_iou_mode(mode)
+        regression.check_iou_mode(mode)
         self.linear = linear
         self.mode = "linear" if linear else mode
         self.eps = eps
@@ -464,10 +468,6 @@ class L1Loss(Loss):
         )
 
 
-# Added to the denominators of YOLOv9's IoU: small enough that it only keeps 0 / 0 away.
-YOLOV9_EPS = 1e-9
-
-
 class BCELoss(nn.Module):
     """YOLOv9's classification loss: the sum of binary cross-entropies over the sum of targets."""
 
@@ -504,7 +504,7 @@ class BoxLoss(nn.Module):
                 predicts_bbox.reshape(-1, 4).index_select(0, index),
                 targets_bbox.detach().reshape(-1, 4).index_select(0, index),
                 weight=_of_found(found, box_norm),
-                eps=YOLOV9_EPS,
+                eps=regression.YOLOV9_EPS,
                 alpha_grad=True,
             )
             / cls_norm
@@ -538,10 +538,13 @@ class DFLoss(nn.Module):
             predicts_anc (B, A, 4, bins) logits; targets_bbox (B, A, 4) xyxy in strides;
             valid_masks (B, A) with P entries set; box_norm (P,); cls_norm ().
         """
-        centre = self.vec2box.anchor_grid / self.vec2box.scaler.unsqueeze(-1)
+        dtype = torch.promote_types(targets_bbox.dtype, torch.float32)
+        centre = self.vec2box.anchor_grid.to(dtype) / self.vec2box.scaler.unsqueeze(-1)
         index, found = first_set(valid_masks.flatten(), len(box_norm))
         distances = ltrb(centre.expand(len(targets_bbox), -1, -1), targets_bbox.detach())
-        left, right_weight = two_bins(distances.reshape(-1, 4).index_select(0, index), self.reg_max)
+        left, right_weight = distribution.two_bins(
+            distances.reshape(-1, 4).index_select(0, index), self.reg_max
+        )
         weight = _of_found(found, box_norm) / 4
         return (
             distribution.two_bin(

@@ -50,7 +50,7 @@ class BoxMatcher:
         factor: exponents {"iou": 6.0, "cls": 0.5}.
 
     Memory: two float32 tensors of B * T * A, and nothing larger; 5,000 boxes in an image of 8,400
-    anchors take 0.34 GiB, and `YOLOv9Criterion` with its two heads twice that.
+    anchors take 0.31 GiB, and `YOLOv9Criterion` with its two heads twice that.
     """
 
     def __init__(
@@ -140,6 +140,9 @@ class HungarianMatcher(nn.Module):
 
     cost = cost_class * focal class cost + cost_bbox * L1 - cost_giou * GIoU, boxes normalised
     cxcywh, in float32 whatever the inputs; a cost that is not finite counts as 1e10.
+
+    The criteria call `match`, for all layers at once: that is what a subclass overrides to match
+    otherwise.
 
     Args:
         cost_dict: factors {"cost_class", "cost_bbox", "cost_giou"}; those left out are 0.

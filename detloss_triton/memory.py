@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backend
 from .opaque import opaque
@@ -108,7 +107,7 @@ def cat(rows: Sequence[Sequence[Tensor]]) -> Tensor:
 def take(x: Tensor, dim: int, index: Tensor) -> Tensor:
     """`x.gather(dim, index)`, or `x.index_select(dim, index)` with an index of one dimension.
 
-    Its gradient is added to zeros, torch's to a copy of them.
+    Its gradient is added to zeros; torch's to a copy of them, which is one pass more.
     """
     if not backend.is_cached_by_cpu(x.device):
         return _taken(x, dim, index)
@@ -124,6 +123,19 @@ def forked(x: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
     return both
 
 
+def unbound(x: Tensor) -> list[Tensor]:
+    """The entries of x along its first dimension, each of which may be modified in place.
+
+    They take over the memory of x, which nothing else may use any more, so pass a result that was
+    made for this: of `value * factor`, autograd keeps `value`. Backward is one stack.
+    """
+    if torch.compiler.is_compiling():
+        # What a compiled graph returns is no view to autograd.
+        return list(x.unbind())
+    entries: tuple[Tensor, ...] = _Unbound.apply(x)
+    return list(entries)
+
+
 class _Stack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:
@@ -131,7 +143,6 @@ class _Stack(torch.autograd.Function):
         return torch.stack(tensors, out=empty((len(tensors), *first.shape), first))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
         return dout.unbind()
 
@@ -143,13 +154,26 @@ class _Forked(torch.autograd.Function):
         return x.view_as(x), x[start:stop]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dx: Tensor, dsome: Tensor) -> tuple[Tensor, None, None]:
         start, stop = ctx.bounds
+        if torch.is_grad_enabled():
+            return dx.index_add(0, torch.arange(start, stop, device=dx.device), dsome), None, None
         out = empty_like(dx)
         out[:start], out[stop:] = dx[:start], dx[stop:]
         torch.add(dx[start:stop], dsome, out=out[start:stop])
         return out, None, None
+
+
+class _Unbound(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, ...]:
+        # Autograd refuses to modify a view that is one of several, and a copy of each would be a
+        # launch of each. `data` is the same memory and no view.
+        return tuple(entry.data for entry in x.unbind())
+
+    @staticmethod
+    def backward(ctx: Any, *dentries: Tensor) -> Tensor:
+        return torch.stack(dentries)
 
 
 def _taken(x: Tensor, dim: int, index: Tensor) -> Tensor:
@@ -164,7 +188,6 @@ class _Take(torch.autograd.Function):
         return _taken(x, dim, index)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
         (index,) = ctx.saved_tensors
         return _untake(dout, ctx.shape, ctx.dim, index), None, None
@@ -207,6 +230,7 @@ def _mapped(n_bytes: int) -> Tensor:
 
 
 def _release(mapping: mmap.mmap) -> None:
+    # Without the lock: a garbage collection may run this in the thread that holds it.
     _free.append((next(_ticks), mapping))
 
 

@@ -1,12 +1,13 @@
 """Ops: a torch reference, its Triton launcher, samples and tolerances, declared side by side.
 
-    @row_loss(Input("pred", features=1, grad=True), Input("target", features=1), samples=...)
-    def l1(pred, target):                 # the declaration is the torch reference
-        return (pred - target).abs().sum(-1)
+    @row_loss(Input("pred", features=1, grad=True), Input("target", features=1, grad=True), ...)
+    def giou_loss(pred, target, eps):     # the declaration is the torch reference
+        return 1 - giou(columns(pred), columns(target), eps)
 
-    @l1.triton                            # refused at import if its parameters differ
-    def _(pred, target):
-        return Tile(kernels.boxes.distance_kernel, rows=512, constants={"LOSS": "l1"})
+    @giou_loss.triton                     # refused at import if its parameters differ
+    def _(pred, target, eps):             # with the kernel's constants that launch.py does not know
+        constants = {"LOSS": "giou", "EPS": eps, "OPTION": 0}
+        return Tile(kernels.boxes.overlap_kernel, rows=128, constants=constants)
 
 A row op maps rows of its inputs to one loss each, weighs them and sums all but the leading `keep`
 dimensions; or (`row_map`) to a few values each, which are returned. The registry is what tests,
@@ -20,10 +21,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backend, blocks, entries, launch, traced
 from .blocks import Part
@@ -87,8 +86,15 @@ class Op:
         """The backend to run on; "auto" takes torch for what is beyond the kernel.
 
         Raises:
-            ValueError: where "triton" was asked for, and the inputs are beyond the kernel.
+            ValueError: where "triton" was asked for, and the inputs are beyond the kernel; or where
+                they are on several devices, of which a kernel would read unmapped memory.
         """
+        for x in inputs:
+            if isinstance(x, Tensor) and x.device != first.device:
+                raise ValueError(
+                    f"{self.name}: all tensors must be on one device, got {first.device} and "
+                    f"{x.device}"
+                )
         chosen = backend.choose(first.device, dtypes)
         reason = self._beyond(*inputs) if chosen == "triton" else ""
         if reason and not backend.is_auto():
@@ -264,10 +270,7 @@ class Call:
         if self.op.values:
             weight = weight.unsqueeze(-1)
         losses = losses * weight.to(dtype)
-        # A weight of 0 leaves nothing but NaN and infinities.
-        if blank or not skip or np.isfinite(losses.detach().sum().numpy()):
-            return losses
-        return torch.where(weight.bool(), losses, 0)
+        return losses if blank or not skip else entries.without_skipped(losses, weight)
 
     def whole(self, weight: Tensor | None, *inputs: Tensor | None) -> Tensor:
         """The reference on everything at once: for small inputs, and to be compiled."""
@@ -293,7 +296,9 @@ _MODULES: dict[str, Any] = {"triton": launch, "torch": blocks}
 
 
 class _Rows(torch.autograd.Function):
-    """Saves the inputs, and gradients that a CPU finds on the way; a second backward has none."""
+    """Saves the inputs, and the gradients where forward found them: the first backward takes those,
+    and a second one finds them anew. One that is to be differentiated is autograd's.
+    """
 
     @staticmethod
     def forward(
@@ -306,10 +311,14 @@ class _Rows(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            leaves = [x for x, want in zip(inputs, wanted, strict=True) if want]
+            out = ctx.call.whole(weight, *inputs)
+            found = iter(torch.autograd.grad(out, leaves, dout, create_graph=True))
+            return None, None, None, *(next(found) if want else None for want in wanted)
         ready, ctx.ready = ctx.ready, None
         gradients = _MODULES[ctx.chosen].backward(
             ctx.call, weight, tuple(inputs), dout, wanted, ready

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,6 @@ from torch import Tensor
 from .backend import is_eager_cpu
 from .op import RowOp
 
-Reduction = Literal["none", "mean", "sum"]
 REDUCTIONS = ("none", "mean", "sum")
 
 # Keeps `sum / avg_factor` finite; the spacing of float32 at 1, so that it rounds away otherwise.

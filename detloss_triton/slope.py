@@ -6,18 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def with_slope(value: Tensor, slope: Tensor, x: Tensor) -> Tensor:
-    """`value`, which a derivative by x connects to it; value and slope are without gradient.
+    """`value`, with `slope` as its derivative by x, once. Neither may require a gradient itself.
 
     Shapes:
         slope: as x. value, and what is returned: as x, or without the last dimension, summed.
     """
     if torch.compiler.is_compiling():
-        # The graph calls `torch.func.vjp`, which by itself refuses such a Function; Dynamo of torch
-        # 2.13 traces it all the same. This needs no leave: it is 0, and has the slope.
+        # `torch.func.vjp`, which the graph calls, refuses such a Function outside of Dynamo. The
+        # term added here is 0 and has the slope.
         tangent = slope * (x - x.detach())
         return value + (tangent if value.dim() == x.dim() else tangent.sum(-1))
     out: Tensor = _WithSlope.apply(x, value, slope)
@@ -31,7 +30,8 @@ class _WithSlope(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("create_graph must be False: a slope that was given has none itself")
         (slope,) = ctx.saved_tensors
         return slope * dout[(..., *[None] * (slope.dim() - dout.dim()))], None, None

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .shapes import check_shapes
+
 SMALLEST_BUCKET = 8
 
 
@@ -48,6 +50,12 @@ def pack(targets: Targets | Sequence[Mapping[str, Tensor]]) -> Targets:
         TypeError, ValueError: for a missing key or a wrong shape; they name the image.
     """
     if isinstance(targets, Targets):
+        check_shapes(
+            "Targets",
+            labels=(targets.labels, ("B", "T")),
+            boxes=(targets.boxes, ("B", "T", 4)),
+            counts=(targets.counts, ("B",)),
+        )
         return targets
     if not isinstance(targets, Sequence):
         raise TypeError(f"targets must be a list of dictionaries or Targets, got {type(targets)}")

@@ -12,17 +12,7 @@ from .math import (
     l1_and_grad,
     smooth_l1_and_grad,
 )
-from .rows import of_column, put_losses, rows_of_program, upstream
-
-
-@triton.jit
-def row_weight(p_weight, outer, inner, s_weight_o, s_weight_i, m_row, HAS_WEIGHT: tl.constexpr):
-    """(weight, mask): a row of weight 0 is not read, so whatever it holds adds exactly nothing."""
-    weight = tl.where(m_row, 1.0, 0.0)
-    if HAS_WEIGHT:
-        o_weight = outer * s_weight_o + inner * s_weight_i
-        weight = tl.load(p_weight + o_weight, mask=m_row, other=0.0).to(tl.float32)
-    return weight, weight != 0.0
+from .rows import of_column, put_losses, row_weight, rows_of_program, upstream
 
 
 @triton.jit
@@ -42,12 +32,14 @@ def overlap_loss_and_grad(
 ):  # fmt: skip
     if LOSS == "iou":
         return iou_loss_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, OPTION, EPS)
-    if LOSS == "giou":
+    elif LOSS == "giou":
         return giou_loss_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS)
-    if LOSS == "diou":
+    elif LOSS == "diou":
         return diou_loss_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS)
-    if LOSS == "ciou":
+    elif LOSS == "ciou":
         return ciou_loss_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS, OPTION)
+    else:
+        tl.static_assert(False, "no branch for this LOSS")
 
 
 @triton.jit(do_not_specialize=["n_segment", "n_blocks", "n_inner", "n_features"])

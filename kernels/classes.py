@@ -16,12 +16,14 @@ from .rows import put_losses, rows_of_program, upstream
 def loss_and_grad(x, t, is_label, LOSS: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
     if LOSS == "bce":
         return bce_and_grad(x, t)
-    if LOSS == "focal":
+    elif LOSS == "focal":
         return focal_and_grad(x, t, A, B)
-    if LOSS == "quality_focal":
+    elif LOSS == "quality_focal":
         return quality_focal_and_grad(x, t, A)
-    if LOSS == "varifocal":
+    elif LOSS == "varifocal":
         return varifocal_and_grad(x, t, is_label, A, B)
+    else:
+        tl.static_assert(False, "no branch for this LOSS")
 
 
 @triton.jit(do_not_specialize=["n_segment", "n_blocks", "n_inner"])
@@ -48,7 +50,8 @@ def class_kernel(
     if HAS_LABEL:
         o_label = outer * s_label_o + inner * s_label_i
         label = tl.load(p_label + o_label, mask=m_row, other=-1)
-        label = tl.where((label >= 0) & (label < n_features), label, -1).to(tl.int32)
+        is_class = (label >= 0) & (label < n_features)
+        label = tl.where(is_class, label.to(tl.int32), -1)
     if BACKWARD:
         weight = weight * upstream(p_dout, segment, row, m_row, EACH)
     o_logits = outer * s_logits_o + inner * s_logits_i
@@ -62,12 +65,10 @@ def class_kernel(
         x = tl.load(
             p_logits + o_logits[:, None] + (column * s_logits_f)[None, :], mask=m_tile, other=0.0
         ).to(tl.float32)  # [BR, BC]
+        is_label = m_tile
         if HAS_LABEL:
             is_label = column[None, :] == label[:, None]
-            t = tl.where(is_label, score[:, None], 0.0)
-        else:
-            is_label = m_tile
-            t = tl.where(is_label, score[:, None], 0.0)
+        t = tl.where(is_label, score[:, None], 0.0)
         loss, dx = loss_and_grad(x, t, is_label, LOSS, A, B)
         scale = tl.where(m_tile, weight[:, None], 0.0)
         if HAS_MASK:

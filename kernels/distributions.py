@@ -6,9 +6,8 @@ The number of bins is specialised as that of classes is, for wide loads.
 import triton
 import triton.language as tl
 
-from .boxes import row_weight
 from .math import distillation_and_grad, two_bin_and_grad
-from .rows import put_losses, rows_of_program, upstream
+from .rows import put_losses, row_weight, rows_of_program, upstream
 
 
 @triton.jit(do_not_specialize=["n_segment", "n_blocks", "n_inner"])

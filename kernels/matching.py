@@ -59,7 +59,7 @@ def task_aligned_kernel(
     px2 = tl.load(p_box + of_column(2, s_boxes_f), mask=m_anchor, other=0.0).to(tl.float32)
     py2 = tl.load(p_box + of_column(3, s_boxes_f), mask=m_anchor, other=0.0).to(tl.float32)
     score = similarity(px1, py1, px2, py2, tx1, ty1, tx2, ty2, IOU, EPS)
-    score = tl.where(score > 0.0, tl.where(score > 1.0, 1.0, score), 0.0)
+    score = tl.where(score < 0.0, 0.0, tl.where(score > 1.0, 1.0, score))
     x = tl.load(p_anchors + anchor * s_anchors_a, mask=m_anchor, other=0.0).to(tl.float32)
     y = tl.load(p_anchors + anchor * s_anchors_a + s_anchors_f, mask=m_anchor, other=0.0).to(
         tl.float32
@@ -69,7 +69,11 @@ def task_aligned_kernel(
     _, p, _ = logistic(tl.load(p_logits + o_logit, mask=m_anchor, other=0.0).to(tl.float32))
     metric = power(score, IOU_POWER) * power(p, CLASS_POWER)
     tl.store(p_metric + pair * n_anchors + anchor, tl.where(inside, metric, 0.0), mask=m_anchor)
-    tl.store(p_best + pid, tl.max(tl.where(m_anchor, score, 0.0), axis=0))
+    # tl.max skips NaN, which a metric has to show.
+    is_nan = m_anchor & (score != score)
+    best = tl.max(tl.where(m_anchor & ~is_nan, score, 0.0), axis=0)
+    has_nan = tl.max(is_nan.to(tl.int32), axis=0) > 0
+    tl.store(p_best + pid, tl.where(has_nan, float("nan"), best))
 
 
 @triton.jit(do_not_specialize=["n_images", "n_targets", "n_queries", "n_classes", "n_blocks"])
@@ -79,7 +83,7 @@ def match_cost_kernel(
     s_labels_b, s_labels_t, s_targets_b, s_targets_t, s_targets_f,
     n_images, n_targets, n_queries, n_classes, n_blocks,
     CLASS: tl.constexpr, L1: tl.constexpr, GIOU: tl.constexpr, ALPHA: tl.constexpr,
-    GAMMA: tl.constexpr, BQ: tl.constexpr,
+    GAMMA: tl.constexpr, LOG_EPS: tl.constexpr, GIOU_EPS: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
     """One target of one image of one layer against BQ queries; boxes cxcywh."""
     pid = tl.program_id(0).to(tl.int64)
@@ -94,8 +98,8 @@ def match_cost_kernel(
     p_logit = p_logits + problem * s_logits_p + query * s_logits_q + label * s_logits_c
     x = tl.load(p_logit, mask=m_query & m_class, other=0.0).to(tl.float32)
     _, p, q = logistic(x)
-    positive = ALPHA * power(q, GAMMA) * -tl.log(p + 1e-8)
-    negative = (1.0 - ALPHA) * power(p, GAMMA) * -tl.log(q + 1e-8)
+    positive = ALPHA * power(q, GAMMA) * -tl.log(p + LOG_EPS)
+    negative = (1.0 - ALPHA) * power(p, GAMMA) * -tl.log(q + LOG_EPS)
     p_target = p_targets + b * s_targets_b + t * s_targets_t
     tx = tl.load(p_target).to(tl.float32)
     ty = tl.load(p_target + s_targets_f).to(tl.float32)
@@ -109,7 +113,7 @@ def match_cost_kernel(
     distance = tl.abs(px - tx) + tl.abs(py - ty) + tl.abs(pw - tw) + tl.abs(ph - th)
     giou, _, _, _, _, _, _, _, _ = giou_loss_and_grad(
         px - 0.5 * pw, py - 0.5 * ph, px + 0.5 * pw, py + 0.5 * ph,
-        tx - 0.5 * tw, ty - 0.5 * th, tx + 0.5 * tw, ty + 0.5 * th, 1e-6,
+        tx - 0.5 * tw, ty - 0.5 * th, tx + 0.5 * tw, ty + 0.5 * th, GIOU_EPS,
     )  # fmt: skip
     cost = CLASS * (positive - negative) + L1 * distance + GIOU * (giou - 1.0)
     tl.store(p_cost + pair * n_queries + query, cost, mask=m_query)

@@ -8,6 +8,10 @@ gradient to each side, as torch does. Only what every Triton target has is used:
 import triton
 import triton.language as tl
 
+FOUR_OVER_PI_SQUARED: tl.constexpr = tl.constexpr(0.4052847345693511)
+# Under the plain IoU, as in ops/regression.py, which works without Triton.
+UNION_EPS: tl.constexpr = tl.constexpr(1e-6)
+
 
 @triton.jit
 def log1p(u):
@@ -201,7 +205,9 @@ def area_chain(px1, py1, px2, py2, tx1, ty1, tx2, ty2, by_inter, by_area):
 def iou_loss_and_grad(
     px1, py1, px2, py2, tx1, ty1, tx2, ty2, MODE: tl.constexpr, EPS: tl.constexpr
 ):
-    iou, _, by_inter, by_area, _ = iou_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, 1e-6, False)
+    iou, _, by_inter, by_area, _ = iou_and_grad(
+        px1, py1, px2, py2, tx1, ty1, tx2, ty2, UNION_EPS, False
+    )
     iou, clear = at_least(iou, EPS)
     if MODE == "log":
         loss = -tl.log(iou)
@@ -294,14 +300,14 @@ def aspect_and_grad(pw, ph, tw, th, iou, EPS: tl.constexpr, ALPHA_GRAD: tl.const
     ph = ph + EPS
     th = th + EPS
     angle = atan(pw / ph) - atan(tw / th)
-    v = 0.4052847345693511 * angle * angle
+    v = FOUR_OVER_PI_SQUARED * angle * angle
     alpha = v / (v - iou + 1.0 + EPS)
     if ALPHA_GRAD:
         by_iou = alpha * alpha
-        by_angle = alpha * (2.0 - alpha) * 0.8105694691387022 * angle
+        by_angle = alpha * (2.0 - alpha) * (2.0 * FOUR_OVER_PI_SQUARED) * angle
     else:
         by_iou = 0.0
-        by_angle = alpha * 0.8105694691387022 * angle
+        by_angle = alpha * (2.0 * FOUR_OVER_PI_SQUARED) * angle
     p_scale = by_angle / (pw * pw + ph * ph)
     t_scale = -by_angle / (tw * tw + th * th)
     return alpha * v, by_iou, ph * p_scale, -pw * p_scale, th * t_scale, -tw * t_scale
@@ -364,7 +370,7 @@ def delta_decode_1d(delta, log_ratio, low, high, LIMIT: tl.constexpr, SHIFT: tl.
     if SHIFT > 0:
         slope = tl.where(tl.abs(shift) > SHIFT, 0.0, size)
         shift = tl.where(shift > SHIFT, SHIFT, tl.where(shift < -SHIFT, -SHIFT, shift))
-        below = log_ratio != log_ratio
+        below = log_ratio < float("-inf")  # nothing is, and NaN stays NaN
     ratio = tl.where(above, LIMIT, tl.where(below, -LIMIT, log_ratio))
     half = 0.5 * size * tl.exp(ratio)
     centre = 0.5 * (low + high) + shift
@@ -386,5 +392,6 @@ def distillation_and_grad(x, t, m_column, TEMPERATURE: tl.constexpr):
     p_x = e_x / sum_x
     p_t = e_t / sum_t
     gap = (t - tl.log(sum_t)) - (x - tl.log(sum_x))
-    terms = tl.where(m_column & (p_t > 0.0), p_t * gap, 0.0)
+    # 0 times infinity counts as 0, but NaN as NaN.
+    terms = tl.where(m_column & (p_t != 0.0), p_t * gap, 0.0)
     return TEMPERATURE * TEMPERATURE * tl.sum(terms, axis=1), TEMPERATURE * (p_x - p_t)

@@ -34,8 +34,18 @@ def rows_of_program(n_segment, n_blocks, n_inner, GROUP: tl.constexpr, BR: tl.co
 
 
 @triton.jit
+def row_weight(p_weight, outer, inner, s_weight_o, s_weight_i, m_row, HAS_WEIGHT: tl.constexpr):
+    """(weight, mask): a row of weight 0 is not read, so whatever it holds adds exactly nothing."""
+    weight = tl.where(m_row, 1.0, 0.0)
+    if HAS_WEIGHT:
+        o_weight = outer * s_weight_o + inner * s_weight_i
+        weight = tl.load(p_weight + o_weight, mask=m_row, other=0.0).to(tl.float32)
+    return weight, weight != 0.0
+
+
+@triton.jit
 def of_column(column: tl.constexpr, s_f):
-    """The offset of a column; int64, for a stride of 2^30 is an int32 and thrice it is none."""
+    """The offset of a column; int64, as a stride of 2^30 fits an int32 and thrice it does not."""
     return tl.full([], column, tl.int64) * s_f
 
 

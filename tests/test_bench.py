@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from test_cli import refuse
 
+import detloss_triton as dt
 from detloss_triton import cli
 from detloss_triton.bench import machine, measure, peers, providers, report, run, shapes
 from detloss_triton.bench.batches import BUILDERS
@@ -40,10 +42,10 @@ def test_a_run_reports_every_provider_or_why_not(written: Path) -> None:
     assert found["copy_gb_per_s"] > 0
     rows = [row for row in found["rows"] if row["name"] == "smooth_l1"]
     timed = {(row["provider"], row["pass"]) for row in rows if "ms" in row}
-    assert timed == {(p, q) for p in ("torch", "torch.nn.functional") for q in run.PASSES}
+    assert timed == {(p, q) for p in ("ours torch", "torch.nn.functional") for q in run.PASSES}
     absent = {row["provider"]: row["absent"] for row in rows if "absent" in row}
-    assert absent.keys() == {"torch compiled", "triton"}
-    assert "needs a GPU" in absent["triton"]
+    assert absent.keys() == {"ours torch compiled", "ours Triton"}
+    assert "needs a GPU" in absent["ours Triton"]
     for row in found["rows"]:
         if "ms" in row:
             assert 0 < row["ms"]["p10"] <= row["ms"]["median"] <= row["ms"]["p90"]
@@ -65,7 +67,7 @@ def test_table_and_comparison(written: Path, capsys: pytest.CaptureFixture[str])
     found = report.read(path)
     table = report.table(found)
     assert "smooth_l1" in table and "yolox" in table
-    assert "triton: needs a GPU" in table
+    assert "ours Triton: needs a GPU" in table
     slow = json.loads(path.read_text())
     for row in slow["rows"]:
         if "ms" in row:
@@ -114,7 +116,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "OURS", [*ours, providers.Provider("broken", broken)])
     (case,) = (case for case in shapes.op_cases() if case.name == "l1")
     rows = run.measure(run.op_job(case, QUICK), measure.Clock(), QUICK, 1.0)
-    assert {row["provider"] for row in rows if "ms" in row} == {"torch", "torch.nn.functional"}
+    assert {row["provider"] for row in rows if "ms" in row} == {"ours torch", "torch.nn.functional"}
     reasons = {row["provider"]: row["absent"] for row in rows if "absent" in row}
     assert reasons["off"].startswith("wrong: error 1.0e-02")
     assert reasons["broken"] == "fails: RuntimeError: no lib.so here"
@@ -139,11 +141,27 @@ def test_transformers_computes_the_same(name: str) -> None:
     )
     task = providers.criterion_task(case, CPU, images=2)
     true = providers.truth(providers.criterion_task(case, CPU, torch.float64, images=2))
-    (peer,) = peers.peers_of(case)
+    (peer,) = (peer for peer in peers.peers_of(case) if peer.name == "transformers")
     try:
         run.checked(peer, task, true)
     except providers.Absent as absent:
         pytest.skip(str(absent))
+
+
+@pytest.mark.parametrize("name", ["atss", "yolov9", "dfine"])
+def test_otx_is_asked_by_our_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its criterion is made for the task's classes and sizes; we stand in for OTX."""
+    for module in peers.OTX:
+        monkeypatch.setitem(sys.modules, module, dt)
+    changes = {"images": 2, "classes": 7} | ({"size": 128} if name != "dfine" else {"boxes": 3})
+    task = providers.criterion_task(shapes.CRITERIA[name], CPU, **changes)
+    true = [x.double() for x in providers.results(providers.OURS[0], task.run, task)]
+    (peer,) = (peer for peer in peers.peers_of(task.case) if peer.name == "OTX")
+    run.checked(peer, task, true)
+    if name == "dfine":
+        task.inputs["outputs"].pop("pre_outputs")
+        with pytest.raises(providers.Absent, match="before the decoder"):
+            peer.make(task)
 
 
 def test_counted_bytes() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from trees import Unchanged, leaves
+from trees import Unchanged, leaves, mapped
 
 from detloss_triton import DetrCriterion, DFINECriterion, HungarianMatcher, sum_losses
 from detloss_triton.bench.batches import DECODER_EXTRAS as EXTRAS
@@ -17,7 +17,9 @@ from detloss_triton.bench.batches import Decoder
 from detloss_triton.criteria.dfine import bin_positions, box_bins
 from detloss_triton.matchers import union_of_matches
 from detloss_triton.targets import Targets, bucket, pack
+from detloss_triton.validate import validation
 
+CPU = torch.device("cpu")
 CLASSES, QUERIES, REG_MAX, GROUPS = 4, 6, 8, 2
 DFINE_WEIGHTS = {
     "loss_vfl": 1.0,
@@ -157,6 +159,220 @@ def test_errors_name_the_argument(device: torch.device) -> None:
         pack({"labels": torch.zeros(1)})
     with pytest.raises(ValueError, match="cost_dict"):
         HungarianMatcher({"cost_mask": 1.0})
+
+
+# (where, the entry, its shape, what the error says): of 2 images, 6 queries, 4 classes, 9 bins.
+WRONG_SHAPES = [
+    ("", "pred_logits", (2, 6, 3), r"outputs pred_logits .* num_classes = 4, got \(2, 6, 3\)"),
+    ("", "pred_logits", (2, 6, 5), r"outputs pred_logits .* num_classes = 4, got \(2, 6, 5\)"),
+    ("", "pred_boxes", (2, 6, 3), r"outputs pred_boxes must have shape \(B, Q, 4\)"),
+    ("aux_outputs", "pred_logits", (2, 6, 3), "outputs_aux_1 pred_logits .* num_classes = 4"),
+    ("aux_outputs", "pred_boxes", (2, 5, 4), "outputs_aux_1 pred_boxes"),
+]
+WRONG_DETR_SHAPES = [
+    ("dn_aux_outputs", "pred_logits", (2, 12, 5), "outputs_dn_1 pred_logits .* num_classes = 4"),
+    ("dn_aux_outputs", "pred_logits", (1, 12, 4), "outputs_dn_1 pred_logits"),
+    ("dn_aux_outputs", "pred_boxes", (2, 11, 4), "outputs_dn_1 pred_boxes"),
+]
+WRONG_DFINE_SHAPES = [
+    ("", "pred_corners", (2, 6, 32), "outputs pred_corners .* 36"),
+    ("", "ref_points", (2, 1, 4), "outputs ref_points"),
+    ("", "ref_points", None, "outputs must have a tensor 'ref_points'"),
+    ("aux_outputs", "pred_corners", (1, 6, 36), "outputs_aux_1 pred_corners"),
+    ("aux_outputs", "teacher_corners", (1, 6, 36), "outputs_aux_1 teacher_corners"),
+    ("aux_outputs", "teacher_corners", (2, 6, 32), "outputs_aux_1 teacher_corners"),
+    ("aux_outputs", "teacher_logits", (1, 6, 4), "outputs_aux_1 teacher_logits"),
+    ("aux_outputs", "teacher_logits", (2, 1, 4), "outputs_aux_1 teacher_logits"),
+    ("aux_outputs", "teacher_logits", None, "outputs_aux_1 must have a tensor 'teacher_logits'"),
+    ("dn_outputs", "ref_points", (1, 12, 4), "outputs_dn_1 ref_points"),
+    ("dn_outputs", "pred_logits", (2, 12, 3), "outputs_dn_1 pred_logits .* num_classes = 4"),
+    ("dn_outputs", "teacher_corners", (2, 1, 36), "outputs_dn_1 teacher_corners"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "key", "shape", "message"),
+    [
+        *(("detr", *row) for row in WRONG_SHAPES + WRONG_DETR_SHAPES),
+        *(("dfine", *row) for row in WRONG_SHAPES + WRONG_DFINE_SHAPES),
+    ],
+    ids=str,
+)
+def test_a_wrong_shape_is_refused_by_layer_and_entry(
+    name: str, where: str, key: str, shape: tuple[int, ...] | None, message: str
+) -> None:
+    inputs = Inputs([2, 3], CPU, torch.float32)
+    outputs = getattr(inputs, name)(*EXTRAS)
+    layer = outputs[where][1] if where else outputs
+    layer[key] = None if shape is None else torch.rand(shape)
+    with pytest.raises(ValueError, match=message):
+        criterion_of(name)(outputs, inputs.targets)
+
+
+@pytest.mark.parametrize("name", ["detr", "dfine"])
+def test_packed_arguments_of_wrong_shapes_are_refused(name: str) -> None:
+    inputs, criterion = Inputs([2, 3], CPU, torch.float32), criterion_of(name)
+    outputs = getattr(inputs, name)(*EXTRAS)
+    packed, dn_meta = criterion.prepare(inputs.targets, outputs["dn_meta"])
+    assert dn_meta is not None
+    positives = dn_meta["dn_positive_idx"]
+    for wrong in (positives[:1], positives[..., :-1], positives[0], [*positives[:1]], [3, 4]):
+        meta = {**dn_meta, "dn_positive_idx": wrong}
+        with pytest.raises(ValueError, match="dn_positive_idx must have"):
+            criterion({**outputs, "dn_meta": meta}, packed)
+    for key in packed._fields:
+        with pytest.raises(ValueError, match="Targets: "):
+            criterion(outputs, packed._replace(**{key: getattr(packed, key)[:1]}))
+
+
+def test_layers_without_a_teacher_are_not_distilled() -> None:
+    """An entry of None is one that is not there."""
+    inputs = Inputs([2, 3], CPU, torch.float32)
+    outputs = inputs.dfine(*EXTRAS)
+    for key in ("teacher_corners", "teacher_logits"):
+        del outputs["aux_outputs"][1][key]
+    absent = criterion_of("dfine")(outputs, inputs.targets)
+    for key in ("teacher_corners", "teacher_logits"):
+        outputs[key] = outputs["aux_outputs"][1][key] = None
+    for key in ("pred_corners", "ref_points"):
+        outputs["pre_outputs"][key] = None
+    with validation(True):
+        given = checked_losses("dfine", outputs, inputs.targets)
+    assert "loss_ddf_aux_0" in given and "loss_ddf_aux_1" not in given
+    assert given.keys() == absent.keys()
+    for key, loss in absent.items():
+        assert torch.equal(loss, given[key]), key
+
+
+@pytest.mark.parametrize("name", ["detr", "dfine"])
+def test_kinds_of_layers_may_be_none(name: str) -> None:
+    inputs, criterion = Inputs([2, 3], CPU, torch.float32), criterion_of(name)
+    outputs = getattr(inputs, name)()
+    kinds = ("aux_outputs", "pre_outputs", "enc_aux_outputs", "dn_aux_outputs", "dn_outputs")
+    none = dict.fromkeys((*kinds, "dn_pre_outputs", "dn_meta"))
+    assert criterion({**outputs, **none}, inputs.targets) == criterion(outputs, inputs.targets)
+
+
+@pytest.mark.parametrize("name", ["detr", "dfine"])
+@pytest.mark.parametrize("counts", [[0, 0], [0, 3]], ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["listed", "packed"])
+def test_denoising_without_a_group(
+    name: str, counts: list[int], packed: bool, backend: str, device: torch.device
+) -> None:
+    inputs = Inputs(counts, device, torch.float32)
+    outputs = getattr(inputs, name)("aux")
+    layers = [inputs.layer(0, corners=name == "dfine") for _ in range(2)]
+    outputs["dn_aux_outputs" if name == "detr" else "dn_outputs"] = layers
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    outputs["dn_meta"] = {"dn_positive_idx": [none, none], "dn_num_group": 0}
+    targets: Any = inputs.targets
+    if packed:
+        targets, outputs["dn_meta"] = criterion_of(name).prepare(targets, outputs["dn_meta"])
+    losses = checked_losses(name, outputs, targets)
+    denoising = {key: loss for key, loss in losses.items() if "_dn_" in key}
+    assert "loss_vfl_dn_1" in denoising and "loss_giou_dn_1" in denoising
+    assert all(loss == 0 for loss in denoising.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_teachers_and_references_in_half_are_computed_in_float32(dtype: torch.dtype) -> None:
+    """What is no leaf is in half as well: the losses of the same numbers in float32."""
+    inputs = Inputs([2, 3], CPU, dtype)
+    half = mapped(
+        lambda _, x: x.to(dtype) if x.is_floating_point() else x,
+        {"outputs": inputs.dfine(*EXTRAS), "targets": inputs.targets},
+    )
+    single = mapped(lambda _, x: x.float() if x.is_floating_point() else x, half)
+    losses, expected = (criterion_of("dfine")(**arguments) for arguments in (half, single))
+    for key, loss in losses.items():
+        torch.testing.assert_close(loss, expected[key], rtol=1e-5, atol=0, msg=key)
+
+
+@pytest.mark.parametrize("name", ["detr", "dfine"])
+def test_losses_may_be_modified_in_place(name: str) -> None:
+    inputs = Inputs([2, 3], CPU, torch.float32)
+    outputs, criterion = getattr(inputs, name)(*EXTRAS), criterion_of(name)
+    leaf = outputs["pred_logits"]
+    losses = criterion(outputs, inputs.targets)
+    expected = 2 * sum_losses(losses)
+    (gradient,) = torch.autograd.grad(expected, leaf)
+    losses = criterion(outputs, inputs.targets)
+    for key in losses:
+        losses[key] *= 2
+    total = losses.pop("loss_vfl")
+    for loss in losses.values():
+        total += loss
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(torch.autograd.grad(total, leaf)[0], gradient)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "method"),
+    [
+        *((DetrCriterion, m) for m in ("loss_labels_vfl", "loss_boxes")),
+        *((DFINECriterion, m) for m in ("loss_labels_vfl", "loss_boxes", "loss_local", "fgl_loss")),
+        (DetrCriterion, "get_cdn_matched_indices"),
+    ],
+)
+def test_an_override_that_would_not_be_called_is_refused(criterion: type, method: str) -> None:
+    def own(*arguments: Any) -> dict[str, Tensor]:
+        return {}
+
+    with pytest.raises(TypeError, match=f"Own overrides {method}, which forward does not call"):
+        type("Own", (criterion,), {method: own})
+    mixin = type("Mixin", (), {method: own})
+    with pytest.raises(TypeError, match=f"Own overrides {method}"):
+        type("Own", (mixin, criterion), {})
+
+
+def test_a_subclass_with_a_forward_of_its_own_may_override() -> None:
+    class Layerwise(DetrCriterion):
+        def forward(self, outputs: Any, targets: Any, num_boxes: Any = None) -> Any:
+            if num_boxes is None:
+                return super().forward(outputs, targets)
+            indices = self.matcher(outputs, targets)
+            return self.loss_boxes(outputs, targets, indices, num_boxes)
+
+        def loss_boxes(self, *arguments: Any) -> dict[str, Tensor]:
+            return {key: loss * 10 for key, loss in super().loss_boxes(*arguments).items()}
+
+    class Scaled(DetrCriterion):
+        def forward(self, *arguments: Any) -> dict[str, Tensor]:
+            return {key: loss * 10 for key, loss in super().forward(*arguments).items()}
+
+    inputs = Inputs([2, 3], CPU, torch.float32)
+    outputs = inputs.detr()
+    expected = criterion_of("detr")(outputs, inputs.targets)
+    layerwise = Layerwise(DETR_WEIGHTS, num_classes=CLASSES, alpha=0.75)
+    scaled = Scaled(DETR_WEIGHTS, num_classes=CLASSES, alpha=0.75)
+    for losses in (layerwise(outputs, inputs.targets, 5), scaled(outputs, inputs.targets)):
+        torch.testing.assert_close(losses["loss_bbox"], 10 * expected["loss_bbox"])
+    # The library's forward would not call it.
+    with pytest.raises(TypeError, match="Layerwise overrides loss_boxes"):
+        layerwise(outputs, inputs.targets)
+
+
+@pytest.mark.parametrize("name", ["detr", "dfine"])
+def test_a_matcher_is_called_or_refused(name: str) -> None:
+    class Own(HungarianMatcher):
+        def match(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
+            return torch.full(logits.shape[:3], -1)
+
+    class OwnForward(HungarianMatcher):
+        def forward(self, outputs: Any, targets: Any) -> Any:
+            return []
+
+    inputs, criterion = Inputs([2, 3], CPU, torch.float32), criterion_of(name)
+    arguments = getattr(inputs, name)("aux"), inputs.targets
+    criterion.matcher = Own({"cost_class": 1})
+    assert criterion(*arguments)["loss_bbox"] == 0
+    criterion.matcher = OwnForward({"cost_class": 1})
+    with pytest.raises(TypeError, match="matcher OwnForward overrides forward"):
+        criterion(*arguments)
+    foreign: Any = torch.nn.Identity()
+    criterion.matcher = foreign
+    with pytest.raises(TypeError, match=r"matcher must be a HungarianMatcher.*got Identity"):
+        criterion(*arguments)
 
 
 def test_the_matcher_answers_as_its_users_expect(backend: str, device: torch.device) -> None:

@@ -107,6 +107,8 @@ def test_quality_focal(generator: torch.Generator) -> None:
     assert ends.grad is not None and ends.grad.isfinite().all()
     with pytest.raises(ValueError, match="use_sigmoid"):
         dt.QualityFocalLoss(use_sigmoid=False)
+    with pytest.raises(ValueError, match="use_sigmoid"):
+        dt.CrossSigmoidFocalLoss(use_sigmoid=False)
     with pytest.raises(ValueError, match="label, score"):
         loss(logits, (labels,))
 

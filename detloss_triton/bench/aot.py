@@ -101,7 +101,7 @@ def compiled(kernel: Any, arguments: Mapping[str, Any], target: GPUTarget) -> An
 def usage(binary: Any) -> Usage:
     """Resources of a compiled kernel, as its binary declares them."""
     if binary.metadata.target.backend == "cuda":
-        return _usage_of_cubin(binary.asm["cubin"])
+        return _usage_of_cubin(binary.asm["cubin"], binary.metadata.shared)
     return _usage_of_amdgcn(binary.asm["amdgcn"])
 
 
@@ -153,12 +153,12 @@ def _disassembled(cubin: bytes, option: str) -> str:
         ).stdout
 
 
-def _usage_of_cubin(cubin: bytes) -> Usage:
+def _usage_of_cubin(cubin: bytes, shared: int) -> Usage:
     text = _disassembled(cubin, "-res-usage")
-    found = dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text))
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
     # Spills live on the stack: what ptxas calls LOCAL is what a program declared itself.
     local = int(found["STACK"]) + int(found["LOCAL"])
-    return Usage(int(found["REG"]), local, local, int(found["SHARED"]))
+    return Usage(int(found["REG"]), local, local, shared)
 
 
 def _usage_of_amdgcn(assembly: str) -> Usage:

@@ -23,7 +23,7 @@ STRIDES = (8, 16, 32)
 
 @dataclass(frozen=True)
 class Batch:
-    """One call of a criterion.
+    """One call of a criterion, of ours or of a `library` with the same names.
 
     `differentiable` names the arguments, or the entries within them, whose tensors require
     gradients; `of_positives` is a pattern of the dotted paths of those that only positives teach.
@@ -92,8 +92,8 @@ def grid(size: int, stride: int) -> Tensor:
     return torch.stack([x, y], -1).flatten(0, 1)
 
 
-def coder() -> dt.DeltaXYWHBBoxCoder:
-    return dt.DeltaXYWHBBoxCoder(target_stds=(0.1, 0.1, 0.2, 0.2))
+def coder(library: Any = dt) -> Any:
+    return library.DeltaXYWHBBoxCoder((0.0, 0.0, 0.0, 0.0), (0.1, 0.1, 0.2, 0.2))
 
 
 def atss(
@@ -132,13 +132,13 @@ def atss(
         inputs["valid_label_mask"].append(draw.chosen(0.9, images, n, classes).float())
     inputs["avg_factor"] = float(max(n_positive, 1))
 
-    def make(**kwargs: Any) -> nn.Module:
+    def make(library: Any = dt, **kwargs: Any) -> Any:
         slots = {
-            "bbox_coder": coder(),
-            "loss_cls": dt.CrossSigmoidFocalLoss(),
-            "loss_bbox": dt.GIoULoss(loss_weight=2.0),
+            "bbox_coder": coder(library),
+            "loss_cls": library.CrossSigmoidFocalLoss(),
+            "loss_bbox": library.GIoULoss(loss_weight=2.0),
         }
-        return dt.ATSSCriterion(classes, **{**slots, **kwargs})
+        return library.ATSSCriterion(classes, **{**slots, **kwargs})
 
     return Batch(make, inputs, ("cls_score", "bbox_pred", "centerness"), "bbox_pred|centerness")
 
@@ -162,9 +162,12 @@ def rtmdet(
         inputs["assign_metrics"].append(draw.uniform(images, n) * positive)
     inputs["stride"] = [(stride, stride) for stride in STRIDES]
 
-    def make(**kwargs: Any) -> nn.Module:
-        slots = {"loss_cls": dt.QualityFocalLoss(), "loss_bbox": dt.GIoULoss(loss_weight=2.0)}
-        return dt.RTMDetCriterion(classes, **{**slots, **kwargs})
+    def make(library: Any = dt, **kwargs: Any) -> Any:
+        slots = {
+            "loss_cls": library.QualityFocalLoss(),
+            "loss_bbox": library.GIoULoss(loss_weight=2.0),
+        }
+        return library.RTMDetCriterion(classes, **{**slots, **kwargs})
 
     return Batch(make, inputs, ("cls_score", "bbox_pred"), "bbox_pred")
 
@@ -185,8 +188,8 @@ def ssd(
         "avg_factor": int(positive.sum()),
     }
 
-    def make(**kwargs: Any) -> nn.Module:
-        return dt.SSDCriterion(classes, **{"bbox_coder": coder(), **kwargs})
+    def make(library: Any = dt, **kwargs: Any) -> Any:
+        return library.SSDCriterion(classes, **{"bbox_coder": coder(library), **kwargs})
 
     return Batch(make, inputs, ("cls_score", "bbox_pred"), "bbox_pred")
 
@@ -213,8 +216,8 @@ def yolox(
         "pos_masks": positive,
     }
 
-    def make(**kwargs: Any) -> nn.Module:
-        return dt.YOLOXCriterion(classes, **{"use_l1": True, **kwargs})
+    def make(library: Any = dt, **kwargs: Any) -> Any:
+        return library.YOLOXCriterion(classes, **{"use_l1": True, **kwargs})
 
     names = ("objectness", "cls_preds", "bbox_preds", "bboxes")
     return Batch(make, inputs, tuple(f"flatten_{name}" for name in names), "flatten_(cls|bbox)")
@@ -259,9 +262,9 @@ def yolov9(
         "aux_preds": head(),
     }
 
-    def make(device: torch.device | str = "cpu", **kwargs: Any) -> nn.Module:
-        vec2box = dt.Vec2Box(None, (size, size), list(STRIDES), device)
-        return dt.YOLOv9Criterion(classes, vec2box, **kwargs)
+    def make(library: Any = dt, device: torch.device | str = "cpu", **kwargs: Any) -> Any:
+        vec2box = library.Vec2Box(None, (size, size), list(STRIDES), device)
+        return library.YOLOv9Criterion(classes, vec2box, **kwargs)
 
     return Batch(make, inputs, ("main_preds", "aux_preds"), r"preds\.\d\.[12]$")
 
@@ -411,8 +414,9 @@ def detr(
         settled=settled,
     )
 
-    def make(**kwargs: Any) -> nn.Module:
-        return dt.DetrCriterion(_DETR_WEIGHTS, **{"num_classes": classes, "alpha": 0.75, **kwargs})
+    def make(library: Any = dt, **kwargs: Any) -> Any:
+        settings = {"num_classes": classes, "alpha": 0.75, **kwargs}
+        return library.DetrCriterion(_DETR_WEIGHTS, **settings)
 
     inputs = {"outputs": decoder.detr(*extras), "targets": decoder.targets}
     return Batch(make, inputs, _PREDICTIONS, "")
@@ -443,9 +447,9 @@ def dfine(
         settled=settled,
     )
 
-    def make(**kwargs: Any) -> nn.Module:
+    def make(library: Any = dt, **kwargs: Any) -> Any:
         settings = {"num_classes": classes, "alpha": 0.75, "reg_max": reg_max, **kwargs}
-        return dt.DFINECriterion(_DFINE_WEIGHTS, **settings)
+        return library.DFINECriterion(_DFINE_WEIGHTS, **settings)
 
     inputs = {"outputs": decoder.dfine(*extras), "targets": decoder.targets}
     return Batch(make, inputs, _PREDICTIONS, "")

@@ -16,7 +16,9 @@ from detloss_triton import __version__
 
 from .measure import Clock
 
-_PACKAGES = ("numpy", "scipy", "torchvision", "transformers", "torch-linear-assignment", "triton")
+_PACKAGES = (
+    *("numpy", "otx", "scipy", "torchvision", "transformers", "torch-linear-assignment", "triton"),
+)
 
 
 def describe(device: torch.device, clock: Clock) -> dict[str, Any]:
@@ -55,7 +57,7 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, marked if files differ from it; None where there is no checkout."""
+    """The checkout's commit, marked if its code was changed; None where there is no checkout."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -66,9 +68,8 @@ def _commit() -> str | None:
     try:
         # An installed package may lie in a checkout of something else.
         git("ls-files", "--error-unmatch", Path(__file__).name)
-        changed = git(
-            "status", "--porcelain", "--untracked-files=no", git("rev-parse", "--show-toplevel")
-        )
+        code = (":/detloss_triton", ":/kernels")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -17,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detloss_triton.reduction import sum_losses
+
+from .batches import BUILDERS
 from .providers import Absent, Provider, Run, Task, Tree, first_line
 from .shapes import CriterionCase, OpCase
 
@@ -224,7 +227,28 @@ def _d_fine(module: Any, task: Task) -> Run:
     return run
 
 
+# Where OTX keeps the classes that a batch's criterion is made of.
+OTX = (
+    "otx.algo.detection.losses",
+    "otx.algo.common.losses",
+    "otx.algo.common.utils.coders",
+    "otx.algo.detection.utils.utils",
+)
+
+
+def _otx(_: Any, task: Task) -> Run:
+    classes: dict[str, Any] = {}
+    for module in OTX:
+        classes |= vars(importlib.import_module(module))
+    assert task.batch is not None
+    if "pre_outputs" not in task.inputs.get("outputs", {"pre_outputs": None}):
+        raise Absent("computes no D-FINE without the layer before the decoder")
+    criterion = task.batch.criterion(task.device, library=SimpleNamespace(**classes))
+    return lambda tree: sum_losses(criterion(**tree))
+
+
 PEERS = (
+    Peer("OTX", OTX[0], dict.fromkeys(BUILDERS, _otx)),
     Peer(
         "torch.nn.functional",
         "torch.nn.functional",

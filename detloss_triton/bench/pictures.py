@@ -10,20 +10,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from .providers import COMPILED, EAGER, TRITON
 from .report import Report, providers, timed
 from .run import PASSES
 
 BAR = 0.8
 # A provider has one colour in all pictures.
 COLOURS = {
-    "torch": "C0",
-    "torch compiled": "C1",
-    "triton": "C2",
+    EAGER: "C0",
+    COMPILED: "C1",
+    TRITON: "C2",
     "transformers": "C3",
     "torch.nn.functional": "C4",
     "torchvision": "C5",
     "scipy": "C6",
     "torch-linear-assignment": "C7",
+    "OTX": "C8",
 }
 
 

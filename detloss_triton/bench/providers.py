@@ -17,7 +17,7 @@ from detloss_triton.op import TOLERANCE, RowOp
 from detloss_triton.reduction import sum_losses
 from detloss_triton.selfcheck import relative_error
 
-from .batches import Draw
+from .batches import Batch, Draw
 from .measure import Step
 from .shapes import CriterionCase, OpCase
 from .trees import leaves, mapped
@@ -43,7 +43,8 @@ class Wrong(Exception):
 class Task:
     """One thing to compute on one device: `compute(pack(inputs))`, as tensors to be summed.
 
-    `pack` is what cannot be compiled, since its shapes change in every step.
+    `pack` is what cannot be compiled, since its shapes change in every step; `batch` makes the
+    criterion.
     """
 
     case: OpCase | CriterionCase
@@ -52,6 +53,7 @@ class Task:
     compute: Run
     device: torch.device
     params: dict[str, Any] = field(default_factory=dict)
+    batch: Batch | None = None
 
     @property
     def kind(self) -> str:
@@ -123,7 +125,10 @@ def criterion_task(
         targets, dn_meta = criterion.prepare(tree["targets"], outputs.get("dn_meta"))
         return {"outputs": {**outputs, "dn_meta": dn_meta}, "targets": targets}
 
-    return Task(case, batch.inputs, pack, lambda tree: sum_losses(criterion(**tree)), device)
+    def compute(tree: Tree) -> Tensor:
+        return sum_losses(criterion(**tree))
+
+    return Task(case, batch.inputs, pack, compute, device, batch=batch)
 
 
 def _matching(inputs: Tree, matcher: Any) -> tuple[Tree, Run, Run]:
@@ -167,12 +172,12 @@ def _triton(task: Task) -> Run:
     return task.run
 
 
+EAGER, COMPILED, TRITON = "ours torch", "ours torch compiled", "ours Triton"
 OURS = (
-    Provider("torch", _eager),
-    Provider("torch compiled", _compiled),
-    Provider("triton", _triton, "triton"),
+    Provider(EAGER, _eager),
+    Provider(COMPILED, _compiled),
+    Provider(TRITON, _triton, "triton"),
 )
-COMPILED = "torch compiled"
 
 
 def first_line(error: BaseException) -> str:

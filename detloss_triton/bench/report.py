@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .providers import EAGER, TRITON
 from .run import FORMAT, PASSES, Row
 
 Report = dict[str, Any]
@@ -134,8 +135,8 @@ def _cell(row: Row | None, ours: Row | None) -> str:
 
 
 def markdown(report: Report, kind: str, passed: str = PASSES[1]) -> str:
-    """A table of medians in ms by provider; in brackets, how many times ours (torch, or Triton
-    where it ran) a provider takes. Ops without gradients are listed with their forward pass."""
+    """A table of medians in ms by provider; in brackets, how many times as long as ours (Triton
+    where it ran, else torch) a provider takes. Ops without gradients: their forward pass."""
     rows = timed(report, kind)
     names = list(dict.fromkeys(row["name"] for row in rows))
     columns = providers(rows)
@@ -147,7 +148,7 @@ def markdown(report: Report, kind: str, passed: str = PASSES[1]) -> str:
         mine = [row for row in rows if row["name"] == name]
         chosen = [row for row in mine if row["pass"] == passed] or mine
         by_provider = {row["provider"]: row for row in chosen}
-        ours = by_provider.get("triton", by_provider.get("torch"))
+        ours = by_provider.get(TRITON, by_provider.get(EAGER))
         size = chosen[0]["size"]
         pixels = f", {size['image']} px, {size['classes']} classes" if size["image"] else ""
         only = "" if chosen[0]["pass"] == passed else f", {chosen[0]['pass']}"
@@ -164,10 +165,14 @@ def results(reports: Sequence[Report], kinds: Sequence[str] = ("criterion", "op"
     """What the READMEs say of the reports: for each its head, its tables, what was not timed."""
     parts = []
     for report in reports:
-        parts.append(f"**{report['machine']['name']}**: {heading(report)}. Medians in ms; in")
-        parts[-1] += " brackets, the factor to ours."
+        ours = EAGER if report["machine"]["device"] == "cpu" else TRITON
+        parts.append(
+            f"**{report['machine']['name']}**: {heading(report)}. Medians in ms; in brackets, how "
+            f"many times as long as {ours} takes."
+        )
         parts += [markdown(report, kind) for kind in kinds]
-        absent = sorted({f"- {row['provider']}: {row['absent']}" for row in _absent(report)})
+        missing = [row for row in _absent(report) if row["kind"] in kinds]
+        absent = sorted({f"- {row['provider']}: {row['absent']}" for row in missing})
         if absent:
             parts.append("Not timed:\n\n" + "\n".join(absent))
     if all(report["machine"]["device"] == "cpu" for report in reports):

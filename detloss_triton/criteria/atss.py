@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from detloss_triton.boxes import columns
-from detloss_triton.losses import CrossEntropyLoss, Loss, QualityFocalLoss
+from detloss_triton.losses import CrossEntropyLoss, CrossSigmoidFocalLoss, QualityFocalLoss
 from detloss_triton.ops.regression import iou_loss
 from detloss_triton.reduction import rank_means
+from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
     FINITE,
     NOT_NEGATIVE,
@@ -22,7 +23,20 @@ from detloss_triton.validate import (
     enabled,
 )
 
-from .levels import as_rows, check_levels, decoded, is_positive, run, run_by_level
+from .levels import (
+    as_rows,
+    at_least_float32,
+    boxes_by_level,
+    check_levels,
+    check_maps,
+    decoded,
+    is_ours,
+    is_positive,
+    joined,
+    of_all,
+    of_positives,
+    ours_by_level,
+)
 
 # The quality of a positive whose box misses its target altogether.
 _MIN_QUALITY = 1e-6
@@ -94,6 +108,9 @@ class ATSSCriterion(nn.Module):
 
         Returns:
             {"loss_cls": [...], "loss_bbox": [...], "loss_centerness": [...]}, 0-dim per level.
+
+        Raises:
+            TypeError, ValueError: for an argument that does not fit its level's labels.
         """
         check_levels(
             anchors=anchors,
@@ -105,6 +122,18 @@ class ATSSCriterion(nn.Module):
             bbox_targets=bbox_targets,
             valid_label_mask=valid_label_mask,
         )
+        places = [f"{type(self).__name__}, level {level}" for level in range(len(labels))]
+        check_shapes(places[0], labels=(labels[0], ("N", "n")))
+        for level, rows in enumerate(
+            zip(labels, label_weights, anchors, bbox_targets, valid_label_mask, strict=True)
+        ):
+            self._check_rows(places[level], labels[0].shape[0], *rows)
+            check_maps(
+                *(places[level], labels[level]),
+                cls_score=(cls_score[level], self.cls_out_channels),
+                bbox_pred=(bbox_pred[level], 4),
+                centerness=(centerness[level], 1),
+            )
         sizes = [level.shape[1] for level in labels]
         # What is small is joined: an operation on all levels costs what one on a level does.
         is_object = is_positive(torch.cat(list(labels), 1), self.num_classes)
@@ -122,22 +151,16 @@ class ATSSCriterion(nn.Module):
                 valid_label_mask=NOT_NEGATIVE(valid_label_mask),
                 avg_factor=POSITIVE(avg_factor),
             )
-        grid, targets = torch.cat(list(anchors), 1), torch.cat(list(bbox_targets), 1)
+        grid, targets = joined(anchors), joined(bbox_targets)
         with torch.no_grad():
             centred = torch.where(is_object, self.centerness_target(grid, targets), 0)
         (box_norm,) = rank_means(centred.sum())
-        # Deltas of background are not looked at, so that whatever they hold, its gradient is 0. A
-        # stranger's loss gets the boxes of anchors for them: those of no size it might not take.
+        # What background predicts is not looked at, so that whatever it is, its gradient is 0.
         boxes = torch.cat([as_rows(level, 4) for level in bbox_pred], 1)
-        used = is_object.to(centred.dtype)
-        if self.reg_decoded_bbox and isinstance(self.loss_bbox, Loss):
-            boxes = decoded(self.bbox_coder, grid, boxes, used)
+        if self.reg_decoded_bbox:
+            boxes = decoded(self.bbox_coder, grid, boxes, is_object.to(centred.dtype))
         else:
             boxes = torch.where(is_object.unsqueeze(-1), boxes, 0)
-            boxes = decoded(self.bbox_coder, grid, boxes) if self.reg_decoded_bbox else boxes
-        box_losses = run_by_level(
-            *(self.loss_bbox, boxes, targets, sizes), weight=centred, avg_factor=1.0
-        )
         return {
             "loss_cls": [
                 self._loss_cls(
@@ -147,15 +170,61 @@ class ATSSCriterion(nn.Module):
                 )
                 for level, boxes_here in enumerate(boxes.split(sizes, 1))
             ],
-            "loss_bbox": [loss / box_norm.clamp(min=1) for loss in box_losses],
-            "loss_centerness": run_by_level(
-                self.loss_centerness,
+            "loss_bbox": boxes_by_level(
+                *(self.loss_bbox, boxes, targets, sizes),
+                positive=is_object,
+                weight=centred,
+                norm=box_norm.clamp(min=1),
+            ),
+            "loss_centerness": self._loss_centerness(
                 torch.cat([as_rows(level, 1).squeeze(-1) for level in centerness], 1),
-                *(centred, sizes),
-                weight=used,
-                avg_factor=avg_factor,
+                *(centred, is_object, sizes, avg_factor),
             ),
         }
+
+    def _check_rows(
+        self,
+        place: str,
+        n_images: int,
+        labels: Any,
+        label_weights: Any,
+        anchors: Any,
+        bbox_targets: Any,
+        valid_label_mask: Any,
+    ) -> None:
+        """Raise unless a level's arguments other than predictions fit its labels (N, n)."""
+        width = valid_label_mask.shape[-1] if isinstance(valid_label_mask, Tensor) else 0
+        # Softmax scores have one class more, and read no mask: OTX wants one of their width.
+        if width not in (1, self.cls_out_channels):
+            width = self.num_classes
+        check_shapes(
+            place,
+            labels=(labels, (n_images, "n")),
+            label_weights=(label_weights, (n_images, "n")),
+            anchors=(anchors, (n_images, "n", 4)),
+            bbox_targets=(bbox_targets, (n_images, "n", 4)),
+            valid_label_mask=(valid_label_mask, (n_images, "n", width)),
+        )
+
+    def _loss_centerness(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        is_object: Tensor,
+        sizes: Sequence[int],
+        avg_factor: float | Tensor,
+    ) -> list[Tensor]:
+        if is_ours(self.loss_centerness):
+            logits = torch.where(is_object, logits, 0)
+            return ours_by_level(
+                *(self.loss_centerness, logits, target, sizes),
+                weight=is_object.to(target.dtype),
+                avg_factor=avg_factor,
+            )
+        levels = zip(*(x.split(sizes, 1) for x in (logits, target, is_object)), strict=True)
+        return [
+            of_positives(self.loss_centerness, *level, avg_factor=avg_factor) for level in levels
+        ]
 
     def _loss_cls(
         self,
@@ -169,6 +238,7 @@ class ATSSCriterion(nn.Module):
         targets: Tensor,
     ) -> Tensor:
         if self.bg_loss_weight >= 0:
+            weights = at_least_float32(weights)
             weights = torch.where(labels == self.num_classes, self.bg_loss_weight, weights)
         if self.use_qfl:
             with torch.no_grad():
@@ -176,13 +246,12 @@ class ATSSCriterion(nn.Module):
                     boxes.detach(), targets, mode="linear", eps=_MIN_QUALITY, keep=boxes.dim() - 1
                 )
                 quality = torch.where(is_object, 1 - missed, 0)
-            return run(
-                self.loss_cls, scores, (labels, quality), weight=weights, avg_factor=avg_factor
-            )
-        kwargs: dict[str, Any] = {"weight": weights, "avg_factor": avg_factor}
-        if self.use_sigmoid_cls:
+            return of_all(self.loss_cls, scores, (labels, quality), weights, avg_factor=avg_factor)
+        kwargs: dict[str, Any] = {"avg_factor": avg_factor}
+        # OTX hands it to its own focal loss and what is derived from it, to no other module.
+        if isinstance(self.loss_cls, CrossSigmoidFocalLoss):
             kwargs["valid_label_mask"] = valid_label_mask
-        return run(self.loss_cls, scores, labels, **kwargs)
+        return of_all(self.loss_cls, scores, labels, weights, **kwargs)
 
     def centerness_target(self, anchors: Tensor, gts: Tensor) -> Tensor:
         """sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) of anchor centres in boxes.

@@ -24,7 +24,6 @@ from .set_prediction import (
     iou_of,
     matched_targets,
     named_losses,
-    prepare,
     stack_layers,
 )
 
@@ -60,13 +59,16 @@ class DetrCriterion(SetCriterion):
         Raises:
             ValueError: for missing entries, layers of different shapes, "dn_aux_outputs" without
                 "dn_meta", or positives that are not one per box and group.
+            TypeError: for a matcher whose `match` is not what it matches by.
         """
+        self._check_parts()
         if outputs.get("dn_aux_outputs") and outputs.get("dn_meta") is None:
             raise ValueError("outputs has 'dn_aux_outputs' and so must have 'dn_meta'")
-        packed, dn_meta = prepare(targets, outputs.get("dn_meta"))
-        aux = outputs.get("aux_outputs", ())
+        packed, dn_meta = self.prepare(targets, outputs.get("dn_meta"))
+        aux = outputs.get("aux_outputs") or ()
         main = [("", outputs), *((f"_aux_{i}", o) for i, o in enumerate(aux))]
         denoising = [(f"_dn_{i}", o) for i, o in enumerate(outputs.get("dn_aux_outputs") or ())]
+        self._check_shapes(main, denoising)
         layers = stack_layers(main)
         if enabled():
             self._check_values(main, denoising, packed, dn_meta, num_boxes)
@@ -77,7 +79,7 @@ class DetrCriterion(SetCriterion):
             assert dn_meta is not None
             layers = stack_layers(denoising)
             given = matched_targets(denoising_map(dn_meta, layers.logits.shape[2]), packed)
-            losses |= self._losses(layers, given, norm * dn_meta["dn_num_group"])
+            losses |= self._losses(layers, given, norm * max(dn_meta["dn_num_group"], 1))
         return losses
 
     def _losses(self, layers: Layers, found: Matched, norm: Tensor) -> dict[str, Tensor]:

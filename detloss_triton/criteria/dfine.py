@@ -28,7 +28,6 @@ from .set_prediction import (
     iou_of,
     matched_targets,
     named_losses,
-    prepare,
     stack_layers,
 )
 
@@ -95,11 +94,14 @@ class DFINECriterion(SetCriterion):
         Raises:
             ValueError: for missing entries, layers of different shapes, denoising outputs without
                 "dn_meta", or positives that are not one per box and group.
+            TypeError: for a matcher whose `match` is not what it matches by.
         """
+        self._check_parts()
         main, denoising = _named_layers(outputs)
         if denoising and outputs.get("dn_meta") is None:
             raise ValueError("outputs has denoising layers and so must have 'dn_meta'")
-        packed, dn_meta = prepare(targets, outputs.get("dn_meta"))
+        packed, dn_meta = self.prepare(targets, outputs.get("dn_meta"))
+        self._check_shapes(main, denoising)
         layers = stack_layers(main)
         if enabled():
             self._check_values(main, denoising, packed, dn_meta, num_boxes)
@@ -122,11 +124,20 @@ class DFINECriterion(SetCriterion):
 
     def _bins(self, outputs: Output) -> tuple[Tensor, Tensor] | None:
         """(bin positions, reg_scale), where the outputs have what it takes."""
-        if "up" not in outputs or "reg_scale" not in outputs:
+        up, reg_scale = outputs.get("up"), outputs.get("reg_scale")
+        if up is None or reg_scale is None:
             return None
-        return bin_positions(self.reg_max, outputs["up"], outputs["reg_scale"]), outputs[
-            "reg_scale"
-        ]
+        return bin_positions(self.reg_max, up, reg_scale), reg_scale
+
+    def _widths(self, output: Output) -> dict[str, int | str]:
+        widths = super()._widths(output)
+        if output.get("pred_corners") is not None:
+            n_logits = 4 * (self.reg_max + 1)
+            widths |= {"pred_corners": n_logits, "ref_points": 4}
+            if output.get("teacher_corners") is not None:
+                # The most likely class weighs: how many there are does not matter.
+                widths |= {"teacher_corners": n_logits, "teacher_logits": "teacher's C"}
+        return widths
 
     def _losses(
         self,
@@ -162,13 +173,15 @@ class DFINECriterion(SetCriterion):
         temperature: float = _TEMPERATURE,
     ) -> dict[str, Tensor]:
         """Localisation and distillation losses of the layers that have distributions."""
-        with_corners = [i for i, o in enumerate(layers.outputs) if "pred_corners" in o]
+        with_corners = [
+            i for i, o in enumerate(layers.outputs) if o.get("pred_corners") is not None
+        ]
         if not with_corners:
             return {}
         if bins is None:
             raise ValueError("outputs has 'pred_corners' and so must have 'up' and 'reg_scale'")
         n_sides = (4, self.reg_max + 1)
-        taught = [i for i in with_corners if "teacher_corners" in layers.outputs[i]]
+        taught = [i for i in with_corners if layers.outputs[i].get("teacher_corners") is not None]
         corners, student = _and_some(
             layers.stacked("pred_corners", with_corners).unflatten(-1, n_sides),
             [with_corners.index(i) for i in taught],
@@ -183,7 +196,8 @@ class DFINECriterion(SetCriterion):
         )
         if taught:
             teacher = layers.stacked("teacher_corners", taught).detach().unflatten(-1, n_sides)
-            confidence = layers.stacked("teacher_logits", taught).detach().amax(-1).sigmoid()
+            best = layers.stacked("teacher_logits", taught).detach().amax(-1)
+            confidence = best.to(torch.promote_types(best.dtype, torch.float32)).sigmoid()
             _, iou_of_taught = _and_some(iou, taught)
             weight = torch.where(found.matched, iou_of_taught, confidence.to(iou.dtype))
             weight = weight * _shares(found.matched, balance)
@@ -289,12 +303,12 @@ def _named_layers(
 ) -> tuple[list[tuple[str, Output]], list[tuple[str, Output]]]:
     """(suffix, output) of the layers that are matched, and of the denoising ones."""
     main = [("", outputs)]
-    main += [(f"_aux_{i}", o) for i, o in enumerate(outputs.get("aux_outputs", ()))]
-    if "pre_outputs" in outputs:
+    main += [(f"_aux_{i}", o) for i, o in enumerate(outputs.get("aux_outputs") or ())]
+    if outputs.get("pre_outputs") is not None:
         main.append(("_pre", outputs["pre_outputs"]))
-    main += [(f"_enc_{i}", o) for i, o in enumerate(outputs.get("enc_aux_outputs", ()))]
-    denoising = [(f"_dn_{i}", o) for i, o in enumerate(outputs.get("dn_outputs", ()))]
-    if denoising and "dn_pre_outputs" in outputs:
+    main += [(f"_enc_{i}", o) for i, o in enumerate(outputs.get("enc_aux_outputs") or ())]
+    denoising = [(f"_dn_{i}", o) for i, o in enumerate(outputs.get("dn_outputs") or ())]
+    if denoising and outputs.get("dn_pre_outputs") is not None:
         denoising.append(("_dn_pre", outputs["dn_pre_outputs"]))
     return main, denoising
 

@@ -8,9 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detloss_triton import losses
 from detloss_triton.coders import DeltaXYWHBBoxCoder, DistancePointBBoxCoder
-from detloss_triton.losses import Loss
 from detloss_triton.reduction import EPS32
+
+
+def is_ours(module: Any) -> bool:
+    """Whether a module's forward is this library's: that of a subclass may be the user's own.
+
+    Ours run fused, on (batch, anchors) rows; a stranger's is called as OTX calls it.
+    """
+    name: str = getattr(module, "forward", module).__module__
+    return name == losses.__name__
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is float64: sums and quotients of halves are too coarse."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def joined(levels: Sequence[Tensor]) -> Tensor:
+    """(B, n_l, ...) of each level as one (B, n, ...), in float32 at least."""
+    return at_least_float32(torch.cat(list(levels), 1))
 
 
 def as_rows(x: Tensor, features: int) -> Tensor:
@@ -21,31 +40,54 @@ def as_rows(x: Tensor, features: int) -> Tensor:
     """
     if x.dim() == 3:
         return x
-    if x.dim() != 4 or x.shape[1] % features:
-        raise ValueError(
-            f"expected a level of shape (B, k * {features}, H, W) or (B, n, {features}), "
-            f"got {tuple(x.shape)}"
-        )
     batch, channels, height, width = x.shape
     if channels == features:
         return x.flatten(2).transpose(1, 2)
     return x.permute(0, 2, 3, 1).reshape(batch, height * width * channels // features, features)
 
 
-def run(module: nn.Module, pred: Tensor, target: Any, **kwargs: Any) -> Tensor:
-    """Call a loss module: ours on (batch, anchors) rows in place, a stranger's on flat rows."""
-    if isinstance(module, Loss):
-        return module(pred, target, **kwargs)
+def of_all(
+    module: nn.Module,
+    scores: Tensor,
+    target: Tensor | tuple[Tensor, Tensor],
+    weight: Tensor,
+    **kwargs: Any,
+) -> Tensor:
+    """A classification loss of all (B, n) anchors of a level; a stranger's gets (B * n,) rows."""
+    if is_ours(module):
+        return module(scores, target, weight, **kwargs)
 
     def flat(x: Any) -> Any:
         if isinstance(x, tuple):
             return tuple(flat(y) for y in x)
-        return x.reshape(-1, *x.shape[2:]) if isinstance(x, Tensor) and x.dim() > 1 else x
+        return x.flatten(0, 1) if isinstance(x, Tensor) and x.dim() > 1 else x
 
-    return module(flat(pred), flat(target), **{k: flat(v) for k, v in kwargs.items()})
+    return module(
+        flat(scores), flat(target), flat(weight), **{k: flat(v) for k, v in kwargs.items()}
+    )
 
 
-def run_by_level(
+def of_positives(
+    module: nn.Module,
+    pred: Tensor,
+    target: Tensor,
+    positive: Tensor,
+    weight: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """A stranger's loss of the P positives among (B, n) anchors, which the host counts.
+
+    It gets (P, ...) rows, as from OTX; without positives it is not called, and the loss is 0.
+    """
+    pred = pred[positive]
+    if len(pred) == 0:
+        return at_least_float32(pred).sum()
+    if weight is not None:
+        kwargs["weight"] = weight[positive]
+    return module(pred, target[positive], **kwargs)
+
+
+def ours_by_level(
     module: nn.Module,
     pred: Tensor,
     target: Tensor,
@@ -54,15 +96,30 @@ def run_by_level(
     weight: Tensor,
     avg_factor: float | Tensor,
 ) -> list[Tensor]:
-    """A loss of each level, from joined (batch, anchors) rows with `sizes` anchors per level.
-
-    Ours evaluates all levels at once.
-    """
-    if isinstance(module, Loss) and module.reduction == "mean":
+    """Our module's loss of each level, from joined (B, n) rows with `sizes` anchors per level."""
+    if module.reduction == "mean":
         each = module(pred, target, weight=weight, reduction_override="none")
         return [level.sum() / (avg_factor + EPS32) for level in each.split(sizes, 1)]
     levels = zip(*(x.split(sizes, 1) for x in (pred, target, weight)), strict=True)
-    return [run(module, p, t, weight=w, avg_factor=avg_factor) for p, t, w in levels]
+    return [module(p, t, weight=w, avg_factor=avg_factor) for p, t, w in levels]
+
+
+def boxes_by_level(
+    module: nn.Module,
+    pred: Tensor,
+    target: Tensor,
+    sizes: Sequence[int],
+    *,
+    positive: Tensor,
+    weight: Tensor,
+    norm: Tensor,
+) -> list[Tensor]:
+    """The box loss of each level over `norm`, from joined (B, n) rows; `weight` 0 off positives."""
+    if is_ours(module):
+        # Weights are normalised, not losses: gradients are then right as they are found.
+        return ours_by_level(module, pred, target, sizes, weight=weight / norm, avg_factor=1.0)
+    levels = zip(*(x.split(sizes, 1) for x in (pred, target, positive, weight)), strict=True)
+    return [of_positives(module, *level, avg_factor=1.0) / norm for level in levels]
 
 
 def decoded(coder: Any, anchors: Tensor, codes: Tensor, used: Tensor | None = None) -> Tensor:
@@ -77,8 +134,32 @@ def decoded(coder: Any, anchors: Tensor, codes: Tensor, used: Tensor | None = No
     return coder.decode(anchors.flatten(0, 1), codes.flatten(0, 1)).view_as(codes)
 
 
+def check_maps(place: str, rows: Tensor, /, **maps: tuple[Any, int]) -> None:
+    """Raise unless each map, a tensor with its number of features, has the anchors (N, n) of rows.
+
+    Raises:
+        TypeError: for what is no tensor.
+        ValueError: for another shape; both name the argument, what came and what was expected.
+    """
+    images, n = rows.shape
+    for name, (x, features) in maps.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{place}: {name} must be a tensor, got {type(x).__name__}")
+        if x.dim() == 4:
+            _, channels, height, width = x.shape
+            fits = channels % features == 0 and channels * height * width == n * features
+        else:
+            fits = x.dim() == 3 and x.shape[1] == n and x.shape[2] == features
+        if not fits or x.shape[0] != images:
+            raise ValueError(
+                f"{place}: {name} must have shape (N, k * {features}, H, W) with N = {images} and "
+                f"k * H * W = {n}, or (N, n, {features}) = ({images}, {n}, {features}), "
+                f"got {tuple(x.shape)}"
+            )
+
+
 def check_levels(**levels: Sequence[Any]) -> None:
-    """Raise unless every argument is a list of tensors of one common length."""
+    """Raise unless every argument is a list of tensors of one common length, which is not 0."""
     lengths = {}
     for name, value in levels.items():
         if not isinstance(value, (list, tuple)):
@@ -86,6 +167,8 @@ def check_levels(**levels: Sequence[Any]) -> None:
         lengths[name] = len(value)
     if len(set(lengths.values())) > 1:
         raise ValueError(f"all arguments must have one entry per level, got {lengths}")
+    if 0 in lengths.values():
+        raise ValueError(f"{', '.join(lengths)}: expected one entry per level, got none")
 
 
 def is_positive(labels: Tensor, num_classes: int) -> Tensor:

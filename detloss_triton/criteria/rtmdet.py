@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from detloss_triton.reduction import rank_means
+from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
     FINITE,
     NOT_NEGATIVE,
@@ -18,7 +19,16 @@ from detloss_triton.validate import (
     enabled,
 )
 
-from .levels import as_rows, check_levels, is_positive, run, run_by_level
+from .levels import (
+    as_rows,
+    boxes_by_level,
+    check_levels,
+    check_maps,
+    is_ours,
+    is_positive,
+    joined,
+    of_all,
+)
 
 
 class RTMDetCriterion(nn.Module):
@@ -61,6 +71,7 @@ class RTMDetCriterion(nn.Module):
 
         Raises:
             ValueError: if a level's strides in x and y differ.
+            TypeError, ValueError: for an argument that does not fit its level's labels.
         """
         check_levels(
             cls_score=cls_score,
@@ -71,12 +82,20 @@ class RTMDetCriterion(nn.Module):
             assign_metrics=assign_metrics,
             stride=stride,
         )
-        for x, y in stride:
-            if x != y:
-                raise ValueError(f"stride must be the same in x and y, got {(x, y)}")
+        places = [f"{type(self).__name__}, level {level}" for level in range(len(labels))]
+        check_shapes(places[0], labels=(labels[0], ("N", "n")))
+        for level, rows in enumerate(
+            zip(labels, label_weights, bbox_targets, assign_metrics, stride, strict=True)
+        ):
+            self._check_rows(places[level], labels[0].shape[0], *rows)
+            check_maps(
+                *(places[level], labels[level]),
+                cls_score=(cls_score[level], self.cls_out_channels),
+                bbox_pred=(bbox_pred[level], 4),
+            )
         sizes = [level.shape[1] for level in labels]
         # What is small is joined: an operation on all levels costs what one on a level does.
-        metric = torch.cat(list(assign_metrics), 1)
+        metric = joined(assign_metrics)
         is_object = is_positive(torch.cat(list(labels), 1), self.num_classes)
         box_weights = torch.where(is_object, metric, 0)
         if enabled():
@@ -90,26 +109,59 @@ class RTMDetCriterion(nn.Module):
                 bbox_targets=XYXY(bbox_targets, box_weights.split(sizes, 1)),
             )
         cls_norm, box_norm = rank_means(metric.sum(), box_weights.sum())
-        # Weights are normalised, not losses: gradients are then right as they are found.
-        row_weights = torch.cat(list(label_weights), 1) / cls_norm.clamp(min=1)
+        scores = [as_rows(level, self.cls_out_channels) for level in cls_score]
+        targets = list(zip(labels, metric.split(sizes, 1), strict=True))
         return {
-            "loss_cls": [
-                run(
-                    self.loss_cls,
-                    as_rows(scores, self.cls_out_channels),
-                    (labels[level], assign_metrics[level]),
-                    weight=weight,
-                    avg_factor=1.0,
-                )
-                for level, (scores, weight) in enumerate(
-                    zip(cls_score, row_weights.split(sizes, 1), strict=True)
-                )
-            ],
-            "loss_bbox": run_by_level(
+            "loss_cls": self._loss_cls(
+                *(scores, targets, joined(label_weights), sizes, cls_norm.clamp(min=1))
+            ),
+            "loss_bbox": boxes_by_level(
                 self.loss_bbox,
                 torch.cat([as_rows(level, 4) for level in bbox_pred], 1),
-                *(torch.cat(list(bbox_targets), 1), sizes),
-                weight=box_weights / box_norm.clamp(min=1),
-                avg_factor=1.0,
+                *(joined(bbox_targets), sizes),
+                positive=is_object,
+                weight=box_weights,
+                norm=box_norm.clamp(min=1),
             ),
         }
+
+    def _check_rows(
+        self,
+        place: str,
+        n_images: int,
+        labels: Any,
+        label_weights: Any,
+        bbox_targets: Any,
+        assign_metrics: Any,
+        stride: Any,
+    ) -> None:
+        """Raise unless a level's arguments other than predictions fit its labels (N, n)."""
+        check_shapes(
+            place,
+            labels=(labels, (n_images, "n")),
+            label_weights=(label_weights, (n_images, "n")),
+            bbox_targets=(bbox_targets, (n_images, "n", 4)),
+            assign_metrics=(assign_metrics, (n_images, "n")),
+        )
+        if not isinstance(stride, Sequence) or len(stride) != 2:
+            raise ValueError(f"{place}: stride must be a pair (x, y), got {stride!r}")
+        if stride[0] != stride[1]:
+            raise ValueError(f"{place}: stride must be the same in x and y, got {tuple(stride)}")
+
+    def _loss_cls(
+        self,
+        scores: Sequence[Tensor],
+        targets: Sequence[tuple[Tensor, Tensor]],
+        weight: Tensor,
+        sizes: Sequence[int],
+        norm: Tensor,
+    ) -> list[Tensor]:
+        ours = is_ours(self.loss_cls)
+        # Weights are normalised, not losses: gradients are then right as they are found. A
+        # stranger's module need not be linear in them.
+        weights = (weight / norm if ours else weight).split(sizes, 1)
+        losses = [
+            of_all(self.loss_cls, *level, avg_factor=1.0)
+            for level in zip(scores, targets, weights, strict=True)
+        ]
+        return losses if ours else [loss / norm for loss in losses]

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from detloss_triton.boxes import cxcywh_to_xyxy
 from detloss_triton.gather import settled
 from detloss_triton.matchers import HungarianMatcher
-from detloss_triton.memory import stack
+from detloss_triton.memory import stack, unbound
 from detloss_triton.ops.classification import varifocal
 from detloss_triton.ops.regression import giou_loss, iou_loss, l1
 from detloss_triton.reduction import rank_means
+from detloss_triton.shapes import check_shapes
 from detloss_triton.targets import Targets, joined, pack, padded_index
 from detloss_triton.validate import (
     CXCYWH,
@@ -38,6 +39,9 @@ Output = Mapping[str, Any]
 Indices = Sequence[tuple[Tensor, Tensor]]
 # (suffix of its losses, output) of each layer.
 NamedLayers = Sequence[tuple[str, Output]]
+
+# What OTX's forward calls layer by layer, and subclasses of its criteria may override.
+_PER_LAYER = ("loss_labels_vfl", "loss_boxes", "loss_local", "fgl_loss", "get_cdn_matched_indices")
 
 MATCHING_COSTS = {"cost_class": 2.0, "cost_bbox": 5.0, "cost_giou": 2.0}
 
@@ -64,21 +68,7 @@ class Layers:
 
 
 def stack_layers(named: NamedLayers) -> Layers:
-    """Stack the outputs of layers, given with the suffixes of their losses.
-
-    Raises:
-        ValueError: for a missing entry, or one whose shape differs between layers.
-    """
-    for key in ("pred_logits", "pred_boxes"):
-        shapes = {}
-        for suffix, output in named:
-            if not isinstance(output.get(key), Tensor):
-                raise ValueError(f"outputs{suffix} must have a tensor {key!r}")
-            shapes[f"outputs{suffix}"] = tuple(output[key].shape)
-        # Compared, not hashed: a hash would make sizes constants of a compiled graph.
-        first, *others = shapes.values()
-        if len(first) != 3 or any(shape != first for shape in others):
-            raise ValueError(f"{key!r} must have one shape (B, Q, ...) in all layers, got {shapes}")
+    """Stack the outputs of layers of one shape, given with the suffixes of their losses."""
     return Layers(
         stack([output["pred_logits"] for _, output in named]),
         stack([output["pred_boxes"] for _, output in named]),
@@ -169,7 +159,7 @@ def named_losses(
     losses = {}
     for name, value in values.items():
         if name in weights:
-            for suffix, loss in zip(suffixes, (value * weights[name]).unbind(), strict=True):
+            for suffix, loss in zip(suffixes, unbound(value * weights[name]), strict=True):
                 losses[name + suffix] = loss
     return losses
 
@@ -194,9 +184,22 @@ def prepare(
         ValueError: if an image's positives are not one per box and group.
     """
     packed = pack(targets)
-    if dn_meta is None or isinstance(dn_meta["dn_positive_idx"], Tensor):
-        return packed, None if dn_meta is None else dict(dn_meta)
+    if dn_meta is None:
+        return packed, None
     positives, groups = dn_meta["dn_positive_idx"], dn_meta["dn_num_group"]
+    if isinstance(positives, Tensor):
+        check_shapes(
+            "dn_meta",
+            labels=(packed.labels, ("B", "T")),
+            dn_positive_idx=(positives, ("B", "groups", "T")),
+        )
+        return packed, dict(dn_meta)
+    shapes = [tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__ for p in positives]
+    if len(shapes) != len(packed.labels) or not all(len(shape) == 1 for shape in shapes):
+        raise ValueError(
+            f"dn_positive_idx must have a tensor (n * groups,) for each of {len(packed.labels)} "
+            f"images, got {shapes}"
+        )
     counts = [len(p) // max(groups, 1) for p in positives]
     if not isinstance(targets, Targets):
         check_positives(positives, [len(t["labels"]) for t in targets], groups)
@@ -204,7 +207,8 @@ def prepare(
     rows = [count for count in counts for _ in range(groups)]
     index = padded_index(rows, packed.labels.shape[1], device)
     queries = joined([p.to(device) for p in positives], index, -1)
-    return packed, {**dn_meta, "dn_positive_idx": queries.view(len(counts), groups, -1)}
+    queries = queries.view(len(counts), groups, packed.labels.shape[1])
+    return packed, {**dn_meta, "dn_positive_idx": queries}
 
 
 def check_positives(positives: Sequence[Tensor], counts: Sequence[int], groups: int) -> None:
@@ -254,6 +258,20 @@ class SetCriterion(nn.Module):
     get_cdn_matched_indices = staticmethod(get_cdn_matched_indices)
     # What is read of each layer's output, where it is there.
     entries: tuple[str, ...] = ("pred_logits", "pred_boxes")
+    # A method that the class overrides and `forward` does not call.
+    _in_vain = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a subclass whose losses would be ignored.
+
+        Raises:
+            TypeError: for an overridden method that `forward` does not call, where the class has no
+                `forward` of its own.
+        """
+        super().__init_subclass__(**kwargs)
+        cls._in_vain = next((name for name in _PER_LAYER if _is_overridden(cls, name)), "")
+        if not _is_overridden(cls, "forward"):
+            cls._refuse_overrides()
 
     def __init__(
         self,
@@ -271,11 +289,59 @@ class SetCriterion(nn.Module):
 
     def prepare(
         self,
-        targets: Sequence[Mapping[str, Tensor]],
+        targets: Targets | Sequence[Mapping[str, Tensor]],
         dn_meta: Mapping[str, Any] | None = None,
     ) -> tuple[Targets, dict[str, Any] | None]:
         """Targets and dn_meta as `forward` packs them: call it outside a compiled region."""
         return prepare(targets, dn_meta)
+
+    @classmethod
+    def _refuse_overrides(cls) -> None:
+        if cls._in_vain:
+            raise TypeError(
+                f"{cls.__name__} overrides {cls._in_vain}, which forward does not call: it "
+                "computes all layers at once; override forward, or scale the losses it returns"
+            )
+
+    def _check_parts(self) -> None:
+        """Raise TypeError for an overridden method, or a matcher, that would not be called."""
+        self._refuse_overrides()
+        kind = type(self.matcher)
+        if not issubclass(kind, HungarianMatcher):
+            raise TypeError(
+                "matcher must be a HungarianMatcher, of which `match` is called for all layers at "
+                f"once, got {kind.__name__}"
+            )
+        overrides_forward = kind.forward is not HungarianMatcher.forward
+        if overrides_forward and kind.match is HungarianMatcher.match:
+            raise TypeError(
+                f"matcher {kind.__name__} overrides forward, which is not called: override `match`"
+            )
+
+    def _widths(self, output: Output) -> dict[str, int | str]:
+        """What a layer's output must hold, and the last dimension of each."""
+        return {"pred_logits": self.num_classes, "pred_boxes": 4}
+
+    def _check_shapes(self, main: NamedLayers, denoising: NamedLayers = ()) -> None:
+        """Check that all layers are of the same images and classes; of a kind, of as many queries.
+
+        Raises:
+            TypeError, ValueError: for a missing entry or a wrong shape; they name layer and entry.
+        """
+        arguments = {}
+        for n_queries, layers in (("Q", main), ("denoising Q", denoising)):
+            for suffix, output in layers:
+                for key, width in self._widths(output).items():
+                    if not isinstance(output.get(key), Tensor):
+                        raise ValueError(f"outputs{suffix} must have a tensor {key!r}")
+                    arguments[f"outputs{suffix} {key}"] = output[key], ("B", n_queries, width)
+                shape = output["pred_logits"].shape
+                if shape[-1:] != (self.num_classes,):
+                    raise ValueError(
+                        f"outputs{suffix} pred_logits must have shape (B, {n_queries}, "
+                        f"num_classes) with num_classes = {self.num_classes}, got {tuple(shape)}"
+                    )
+        check_shapes(type(self).__name__, **arguments)
 
     def _check_values(
         self,
@@ -298,7 +364,7 @@ class SetCriterion(nn.Module):
             tensors = {
                 f"layer {suffix.strip('_') or 'last'}": output[key]
                 for suffix, output in (*layers, *denoising)
-                if key in output
+                if output.get(key) is not None
             }
             arguments[key] = FINITE(tensors)
         if denoising and dn_meta is not None:
@@ -318,7 +384,13 @@ class SetCriterion(nn.Module):
     ) -> tuple[Layers, Matched, Tensor]:
         """One layer, matched by (query indices, target indices) per image, and its normaliser."""
         packed, _ = prepare(targets, None)
+        self._check_shapes([("", outputs)])
         layers = stack_layers([("", outputs)])
         found = matched_targets(map_of_indices(indices, layers.logits.shape[2]), packed)
         norm = as_norm(num_boxes, layers.logits.device)
         return layers, found, norm
+
+
+def _is_overridden(cls: type, name: str) -> bool:
+    """Whether more than one class, `nn.Module` aside, defines a method."""
+    return sum(name in vars(c) for c in cls.__mro__ if c is not nn.Module) > 1

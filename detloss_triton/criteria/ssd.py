@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from detloss_triton.gather import hardest
+from detloss_triton.memory import unbound
 from detloss_triton.ops.distribution import two_bin
 from detloss_triton.ops.regression import smooth_l1
 from detloss_triton.reduction import EPS32
+from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
     FINITE,
     NOT_NEGATIVE,
@@ -75,7 +77,20 @@ class SSDCriterion(nn.Module):
 
         Returns:
             {"loss_cls": N tensors of shape (1,), "loss_bbox": N 0-dim tensors}.
+
+        Raises:
+            TypeError, ValueError: for arguments of other shapes.
         """
+        check_shapes(
+            type(self).__name__,
+            cls_score=(cls_score, ("N", "A", self.num_classes + 1)),
+            bbox_pred=(bbox_pred, ("N", "A", 4)),
+            anchor=(anchor, ("N", "A", 4)),
+            labels=(labels, ("N", "A")),
+            label_weights=(label_weights, ("N", "A")),
+            bbox_targets=(bbox_targets, ("N", "A", 4)),
+            bbox_weights=(bbox_weights, ("N", "A", 4)),
+        )
         if enabled():
             check(
                 self,
@@ -103,15 +118,15 @@ class SSDCriterion(nn.Module):
             beta=self.smoothl1_beta,
         ) / (norm + EPS32)
         return {
-            "loss_cls": list(loss_cls.unsqueeze(-1).unbind()),
-            "loss_bbox": list(loss_bbox.unbind()),
+            "loss_cls": unbound(loss_cls),
+            "loss_bbox": unbound(loss_bbox),
         }
 
     def _mined(self, each: Tensor, labels: Tensor) -> Tensor:
-        """(N,): the losses (N, A) of all positives and of the hardest negatives of each image."""
+        """(N, 1): the losses (N, A) of all positives and of the hardest negatives of each image."""
         positive = is_positive(labels, self.num_classes)
         negative = labels == self.num_classes
         n_taken = positive.sum(1, keepdim=True) * self.neg_pos_ratio
         hardness = torch.where(negative, each.detach(), -1.0)
         kept = hardest(hardness, n_taken) & negative
-        return torch.where(positive | kept, each, 0).sum(1)
+        return torch.where(positive | kept, each, 0).sum(1, keepdim=True)

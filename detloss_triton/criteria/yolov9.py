@@ -8,17 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from detloss_triton.boxes import ltrb
-from detloss_triton.functional import two_bins
 from detloss_triton.gather import at_anchors
-from detloss_triton.losses import YOLOV9_EPS, BCELoss, BoxLoss, DFLoss
+from detloss_triton.losses import BCELoss, BoxLoss, DFLoss
 from detloss_triton.matchers import BoxMatcher, Candidates, real_boxes
 from detloss_triton.memory import cat
 from detloss_triton.ops.classification import binary_cross_entropy
 from detloss_triton.ops.coding import distance_decode
-from detloss_triton.ops.distribution import two_bin
-from detloss_triton.ops.regression import ciou_loss
+from detloss_triton.ops.distribution import two_bin, two_bins
+from detloss_triton.ops.regression import YOLOV9_EPS, ciou_loss
+from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import FINITE, a_box_with_class, check, enabled
 from detloss_triton.vec2box import Level, Vec2Box
+
+from .levels import is_ours
 
 
 class YOLOv9Criterion(nn.Module):
@@ -28,7 +30,8 @@ class YOLOv9Criterion(nn.Module):
         num_classes: number of classes C.
         vec2box: the anchors, on the predictions' device.
         loss_cls, loss_dfl, loss_iou: default `BCELoss`, `DFLoss`, `BoxLoss`, which run fused on the
-            matched anchors only; another module is called with OTX's arguments.
+            matched anchors only; with another module in any slot all three are called, with OTX's
+            arguments.
         reg_max: number of bins of a side's distribution.
         cls_rate, dfl_rate, iou_rate: factors of the three losses.
         aux_rate: factor of the auxiliary head.
@@ -76,13 +79,16 @@ class YOLOv9Criterion(nn.Module):
         Returns:
             {"loss_cls", "loss_df", "loss_iou"} with rates applied and "total_loss", their mean;
             None where T is 0. With nothing matched the normaliser is 1.
+
+        Raises:
+            TypeError, ValueError: for arguments of other shapes, or that do not fit `vec2box`.
         """
-        if targets.dim() != 3 or targets.shape[-1] != 5:
-            raise ValueError(f"targets must have shape (B, T, 5), got {tuple(targets.shape)}")
+        check_shapes(type(self).__name__, targets=(targets, ("B", "T", 5)))
         if targets.shape[1] == 0:
             return None
         heads = [main_preds] if aux_preds is None else [main_preds, aux_preds]
-        for head in heads:
+        for name, head in zip(("main_preds", "aux_preds"), heads, strict=False):
+            self._check_shapes(name, head, len(targets))
             self._check_anchors(head)
         if enabled():
             check(
@@ -102,6 +108,29 @@ class YOLOv9Criterion(nn.Module):
         }
         return {**losses, "total_loss": torch.stack(list(losses.values())).mean()}
 
+    def _check_shapes(self, name: str, head: Sequence[Level], n_images: int) -> None:
+        if not head:
+            raise ValueError(
+                f"{type(self).__name__}: {name} must have an entry per level, got none"
+            )
+        # Another module in the slot has bins of its own.
+        bins: str | int = "bins"
+        if isinstance(self.loss_dfl, DFLoss) and is_ours(self.loss_dfl):
+            bins = self.loss_dfl.reg_max
+        for i, level in enumerate(head):
+            place = f"{type(self).__name__}: {name}, level {i}"
+            if not isinstance(level, (tuple, list)) or len(level) != 3:
+                raise TypeError(
+                    f"{place} must be (classes, distributions, distances), got {type(level)}"
+                )
+            classes, distributions, distances = level
+            check_shapes(
+                place,
+                classes=(classes, (n_images, self.num_classes, "h", "w")),
+                distributions=(distributions, (n_images, bins, 4, "h", "w")),
+                distances=(distances, (n_images, 4, "h", "w")),
+            )
+
     def _check_anchors(self, head: Sequence[Level]) -> None:
         grid = self.vec2box.anchor_grid
         n_anchors = sum(boxes.shape[-2:].numel() for _, _, boxes in head)
@@ -115,17 +144,9 @@ class YOLOv9Criterion(nn.Module):
         self, heads: Sequence[Sequence[Level]], targets: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Classification, distribution and box losses, (heads,) each. Heads are matched at once."""
-        fused = [
-            type(loss) is ours
-            for loss, ours in (
-                (self.loss_cls, BCELoss),
-                (self.loss_dfl, DFLoss),
-                (self.loss_iou, BoxLoss),
-            )
-        ]
-        strangers = None if all(fused) else self._losses_as_otx(heads, targets)
-        if strangers is not None and not any(fused):
-            return strangers
+        slots = (self.loss_cls, BCELoss), (self.loss_dfl, DFLoss), (self.loss_iou, BoxLoss)
+        if not all(isinstance(loss, kind) and is_ours(loss) for loss, kind in slots):
+            return self._losses_as_otx(heads, targets)
         n_heads = len(heads)
         labels = targets[..., 0].long()
         gt_boxes = real_boxes(targets, self.num_classes)
@@ -137,18 +158,12 @@ class YOLOv9Criterion(nn.Module):
             )
             norm = _by_head(found.score, heads).sum((1, 2))
             norm = torch.where(norm > 0, norm, 1)
-        pairs = _Pairs(self.vec2box, found, gt_boxes.repeat(n_heads, 1, 1))
+        dtype = torch.promote_types(heads[0][0][2].dtype, torch.float32)
+        pairs = _Pairs(self.vec2box, found, gt_boxes.repeat(n_heads, 1, 1), dtype)
+        assert isinstance(self.loss_dfl, DFLoss)
         cls = self._loss_cls(heads, labels.repeat(n_heads, 1), found) / norm
-        bins = self.loss_dfl.reg_max if isinstance(self.loss_dfl, DFLoss) else 0
-        dfl = pairs.distribution_loss(heads, bins) / norm if bins else torch.zeros_like(norm)
-        iou = pairs.box_loss(heads) / norm
-        if strangers is None:
-            return cls, dfl, iou
-        cls, dfl, iou = (
-            ours if is_fused else other
-            for ours, other, is_fused in zip((cls, dfl, iou), strangers, fused, strict=True)
-        )
-        return cls, dfl, iou
+        dfl = pairs.distribution_loss(heads, self.loss_dfl.reg_max) / norm
+        return cls, dfl, pairs.box_loss(heads) / norm
 
     def _loss_cls(
         self, heads: Sequence[Sequence[Level]], labels: Tensor, found: Candidates
@@ -238,9 +253,12 @@ def _logits_of(labels: Tensor, head: Sequence[Level]) -> list[Tensor]:
 class _Pairs:
     """The matched slots of all heads, in strides of their anchors: what box losses compare."""
 
-    def __init__(self, vec2box: Vec2Box, found: Candidates, gt_boxes: Tensor) -> None:
+    def __init__(
+        self, vec2box: Vec2Box, found: Candidates, gt_boxes: Tensor, dtype: torch.dtype
+    ) -> None:
         self.anchor, self.score = found.anchor, found.score
-        stride = vec2box.scaler[found.anchor].unsqueeze(-1)
+        # The quotient of two integers would be in torch's default dtype.
+        stride = vec2box.scaler[found.anchor].unsqueeze(-1).to(dtype)
         self.centre = vec2box.anchor_grid[found.anchor] / stride
         index = found.target.unsqueeze(-1).expand(-1, -1, 4)
         self.boxes = gt_boxes.gather(1, index) / stride

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from detloss_triton import backend
 from detloss_triton.gather import first_set
 from detloss_triton.losses import CrossEntropyLoss, IoULoss, L1Loss
 from detloss_triton.memory import take
+from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
     FINITE,
     NOT_NEGATIVE,
@@ -17,6 +22,8 @@ from detloss_triton.validate import (
     enabled,
     exactly,
 )
+
+from .levels import at_least_float32, is_ours
 
 
 class YOLOXCriterion(nn.Module):
@@ -73,16 +80,29 @@ class YOLOXCriterion(nn.Module):
 
         Returns:
             {"loss_cls", "loss_bbox", "loss_obj"[, "loss_l1"]}, 0-dim.
+
+        Raises:
+            TypeError, ValueError: for arguments of other shapes; on a CPU, for `pos_masks` with
+                another number of entries set than P. A GPU is not asked, `DETLOSS_VALIDATE=1` does.
         """
+        check_shapes(
+            type(self).__name__,
+            flatten_objectness=(flatten_objectness, ("N", "A")),
+            flatten_cls_preds=(flatten_cls_preds, ("N", "A", self.num_classes)),
+            flatten_bbox_preds=(flatten_bbox_preds, ("N", "A", 4)),
+            flatten_bboxes=(flatten_bboxes, ("N", "A", 4)),
+        )
         n_rows = flatten_objectness.numel()
-        if pos_masks.numel() != n_rows:
-            raise ValueError(f"pos_masks must have {n_rows} entries, got {pos_masks.numel()}")
+        l1: dict[str, Any] = {"l1_targets": (l1_targets, ("P", 4))} if self.use_l1 else {}
+        check_shapes(
+            type(self).__name__,
+            obj_targets=(obj_targets, (n_rows, 1)),
+            pos_masks=(pos_masks, (n_rows,)),
+            bbox_targets=(bbox_targets, ("P", 4)),
+            cls_targets=(cls_targets, ("P", self.num_classes)),
+            **l1,
+        )
         n_positive = bbox_targets.shape[0]
-        if cls_targets.shape[0] != n_positive:
-            raise ValueError(
-                "cls_targets and bbox_targets must have one row per positive, got "
-                f"{cls_targets.shape[0]} and {n_positive}"
-            )
         if enabled():
             by_image = pos_masks.view(flatten_objectness.shape)
             check(
@@ -98,19 +118,30 @@ class YOLOXCriterion(nn.Module):
                 l1_targets=FINITE(l1_targets if self.use_l1 else [], positives=by_image),
                 num_total_samples=POSITIVE(num_total_samples),
             )
-        index, found = first_set(pos_masks.flatten(), n_positive)
-        weight = None if found is None else found.to(torch.float32)
-        boxes = _rows(flatten_bboxes, index)
+        self._check_count(pos_masks, n_positive)
+        index, found = first_set(pos_masks, n_positive)
         classes = _rows(flatten_cls_preds, index)
         loss = {
-            "loss_cls": self.loss_cls(classes, cls_targets, weight=_like(weight, classes)),
-            "loss_bbox": self.loss_bbox(boxes, bbox_targets, weight=weight),
+            "loss_cls": _of_found(self.loss_cls, classes, cls_targets, found),
+            "loss_bbox": _of_found(
+                self.loss_bbox, _rows(flatten_bboxes, index), bbox_targets, found
+            ),
             "loss_obj": self.loss_obj(flatten_objectness.reshape(-1, 1), obj_targets),
         }
         if self.use_l1:
             raw = _rows(flatten_bbox_preds, index)
-            loss["loss_l1"] = self.loss_l1(raw, l1_targets, weight=_like(weight, raw))
+            loss["loss_l1"] = _of_found(self.loss_l1, raw, l1_targets, found)
         return {name: value / num_total_samples for name, value in loss.items()}
+
+    def _check_count(self, pos_masks: Tensor, n_positive: int) -> None:
+        if not backend.is_eager_cpu(pos_masks.device):
+            return
+        n_set = np.count_nonzero(pos_masks.numpy())
+        if n_set != n_positive:
+            raise ValueError(
+                f"{type(self).__name__}: pos_masks must have as many entries set as bbox_targets "
+                f"has rows, {n_positive}, got {n_set}"
+            )
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
@@ -118,5 +149,13 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return take(x.flatten(0, 1), 0, index)
 
 
-def _like(weight: Tensor | None, rows: Tensor) -> Tensor | None:
-    return None if weight is None else weight.unsqueeze(-1).expand(rows.shape)
+def _of_found(module: nn.Module, pred: Tensor, target: Tensor, found: Tensor | None) -> Tensor:
+    """A loss of the (P, features) rows of positives that were `found`, (P,) or None for all.
+
+    A stranger's module gets just these and is not called where there are none, as from OTX.
+    """
+    if is_ours(module):
+        return module(pred, target, weight=None if found is None else found.to(torch.float32))
+    if found is not None:
+        pred, target = pred[found], target[found]
+    return module(pred, target) if len(pred) else at_least_float32(pred).sum()

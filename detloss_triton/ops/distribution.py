@@ -19,6 +19,16 @@ from detloss_triton.slope import with_slope
 # A program holds whole rows; wider ones would spill.
 MAX_BINS = 4096
 
+# Keeps a target off the last bin, which has no right neighbour.
+BIN_MARGIN = 0.01
+
+
+def two_bins(distances: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """(left bin, weight of the bin to its right) of distances clamped to [0, bins - 1.01]."""
+    distances = distances.clamp(0, bins - 1 - BIN_MARGIN)
+    left = distances.floor()
+    return left.long(), distances - left
+
 
 def _samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
     for bins in (16, 33, 1, 81):

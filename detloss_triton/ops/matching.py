@@ -14,10 +14,7 @@ from detloss_triton.boxes import Columns, columns, overlap
 from detloss_triton.entries import where
 from detloss_triton.op import Sample, direct
 
-from .regression import added_iou, centre_term, ciou, giou
-
-# YOLOv9's own; small enough that in float32 it only keeps 0 / 0 away.
-_EPS = 1e-9
+from .regression import YOLOV9_EPS, added_iou, centre_term, ciou, giou
 
 
 def _task_aligned_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
@@ -114,9 +111,9 @@ def _power(x: Tensor, exponent: float) -> Tensor:
 
 
 _SIMILARITY = {
-    "iou": lambda p, t: added_iou(p, t, _EPS),
-    "diou": lambda p, t: added_iou(p, t, _EPS) - centre_term(p, t, _EPS),
-    "ciou": lambda p, t: ciou(p, t, _EPS, alpha_grad=False),
+    "iou": lambda p, t: added_iou(p, t, YOLOV9_EPS),
+    "diou": lambda p, t: added_iou(p, t, YOLOV9_EPS) - centre_term(p, t, YOLOV9_EPS),
+    "ciou": lambda p, t: ciou(p, t, YOLOV9_EPS, alpha_grad=False),
 }
 
 
@@ -157,7 +154,7 @@ def _(
         IOU=iou,
         IOU_POWER=float(iou_power),
         CLASS_POWER=float(class_power),
-        EPS=_EPS,
+        EPS=YOLOV9_EPS,
         BA=block,
     )
     return metric, best.amax(-1)
@@ -285,6 +282,8 @@ def _(
         GIOU=float(cost_giou),
         ALPHA=float(alpha),
         GAMMA=float(gamma),
+        LOG_EPS=_LOG_EPS,
+        GIOU_EPS=_GIOU_EPS,
         BQ=block,
     )
     return cost

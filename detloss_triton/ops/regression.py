@@ -18,6 +18,16 @@ from detloss_triton.op import Input, Sample, row_loss
 
 # The union's floor under the plain IoU, whatever the floor of the IoU itself.
 UNION_EPS = 1e-6
+# Added to the denominators of YOLOv9's IoU: small enough that it only keeps 0 / 0 away.
+YOLOV9_EPS = 1e-9
+
+IOU_MODES = ("log", "square", "linear")
+
+
+def check_iou_mode(mode: str) -> None:
+    if mode not in IOU_MODES:
+        raise ValueError(f"mode must be one of {', '.join(IOU_MODES)}, got {mode!r}")
+
 
 _INPUTS = (Input("pred", features=1, grad=True), Input("target", features=1, grad=True))
 
