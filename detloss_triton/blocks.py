@@ -45,12 +45,13 @@ class Part(NamedTuple):
     """Some rows of a call, evaluated with one set of inputs; a call is the sum of its parts.
 
     `at` says which rows of the call they are, None is all in order; their gradients replace those
-    of a part before.
+    of a part before. The losses of rows that are `left` to another part do not count.
     """
 
     inputs: _Inputs
     weight: Tensor | None
     at: At | None = None
+    left: Tensor | None = None
 
 
 def everything(weight: Tensor | None, *inputs: Tensor | None) -> list[Part]:
@@ -215,7 +216,7 @@ def _run(
             losses, some = _picked(call, part, part.at, wanted, upstream)
             _put(gradients or [], part.at, some)
         else:
-            losses = _cut(call, part.weight, part.inputs, gradients, upstream)
+            losses = _cut(call, part, gradients, upstream)
             if call.op.skip and part.weight is not None:
                 skipped = where(~part.weight.bool()).by_dimension
                 for g in gradients or []:
@@ -235,9 +236,7 @@ def _picked(
     """What a part of some rows adds to the losses, if asked, and the gradients by its inputs."""
     some = memory.wanted_like(torch.empty_like, part.inputs, wanted) if any(wanted) else []
     picked = replace(call, keep=1, rows=at.flat.shape)
-    losses = _cut(
-        picked, part.weight, part.inputs, some, None if upstream is None else at.of(upstream)
-    )
+    losses = _cut(picked, part, some, None if upstream is None else at.of(upstream))
     if call.keep == 0 or upstream is not None:
         return losses.sum(), some
     # Summed from a tensor of all rows: adding at an index is not repeatable with threads.
@@ -246,14 +245,9 @@ def _picked(
     return call.summed(each), some
 
 
-def _cut(
-    call: Call,
-    weight: Tensor | None,
-    inputs: _Inputs,
-    gradients: Gradients | None,
-    upstream: Tensor | None,
-) -> Tensor:
-    """The losses of all rows, and their gradients, block by block."""
+def _cut(call: Call, part: Part, gradients: Gradients | None, upstream: Tensor | None) -> Tensor:
+    """The losses of all rows of a part, and their gradients, block by block."""
+    inputs, weight = part.inputs, part.weight
     out = torch.zeros(call.out_shape, dtype=call.dtype(inputs), device="cpu")
     one = out.new_ones(())
     for index in _indices(call.rows, inputs, call.op.temporaries):
@@ -273,5 +267,7 @@ def _cut(
                     g[index] = next(results)
         cell = out[index[: call.keep]]
         losses = losses.detach()
+        if part.left is not None:
+            losses = torch.where(part.left[index], 0, losses)
         cell += losses if cell.dim() == losses.dim() else losses.flatten(cell.dim()).sum(-1)
     return out

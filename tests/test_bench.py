@@ -148,12 +148,14 @@ def test_transformers_computes_the_same(name: str) -> None:
         pytest.skip(str(absent))
 
 
-@pytest.mark.parametrize("name", ["atss", "yolov9", "dfine"])
+@pytest.mark.parametrize("name", ["atss", "yolov9", "detr", "dfine"])
 def test_otx_is_asked_by_our_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its criterion is made for the task's classes and sizes; we stand in for OTX."""
     for module in peers.OTX:
         monkeypatch.setitem(sys.modules, module, dt)
-    changes = {"images": 2, "classes": 7} | ({"size": 128} if name != "dfine" else {"boxes": 3})
+    changes = {"images": 2, "classes": 7} | (
+        {"boxes": 3} if name in ("detr", "dfine") else {"size": 128}
+    )
     task = providers.criterion_task(shapes.CRITERIA[name], CPU, **changes)
     true = [x.double() for x in providers.results(providers.OURS[0], task.run, task)]
     (peer,) = (peer for peer in peers.peers_of(task.case) if peer.name == "OTX")

@@ -241,7 +241,8 @@ def _otx(_: Any, task: Task) -> Run:
     for module in OTX:
         classes |= vars(importlib.import_module(module))
     assert task.batch is not None
-    if "pre_outputs" not in task.inputs.get("outputs", {"pre_outputs": None}):
+    outputs = task.inputs.get("outputs", {})
+    if "pred_corners" in outputs and "pre_outputs" not in outputs:
         raise Absent("computes no D-FINE without the layer before the decoder")
     criterion = task.batch.criterion(task.device, library=SimpleNamespace(**classes))
     return lambda tree: sum_losses(criterion(**tree))

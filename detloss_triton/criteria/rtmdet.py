@@ -21,6 +21,7 @@ from detloss_triton.validate import (
 
 from .levels import (
     as_rows,
+    at_least_float32,
     boxes_by_level,
     check_levels,
     check_maps,
@@ -110,7 +111,7 @@ class RTMDetCriterion(nn.Module):
             )
         cls_norm, box_norm = rank_means(metric.sum(), box_weights.sum())
         scores = [as_rows(level, self.cls_out_channels) for level in cls_score]
-        targets = list(zip(labels, metric.split(sizes, 1), strict=True))
+        targets = [(x, at_least_float32(y)) for x, y in zip(labels, assign_metrics, strict=True)]
         return {
             "loss_cls": self._loss_cls(
                 *(scores, targets, joined(label_weights), sizes, cls_norm.clamp(min=1))

@@ -86,10 +86,9 @@ def _by_label(
     score: Tensor | None,
     mask: Tensor | None,
 ) -> list[Part]:
-    """All rows as background, which is cheaper by half, but of weight 0 the few that have a class;
-    then these.
+    """All rows as background, which is cheaper by half; then the few that have a class, in full.
 
-    Taking one entry of theirs back instead would leave the rounding error of what cancels.
+    To take one entry of theirs back would leave the rounding error of what cancels.
     """
     mask = factor(mask)
     if label is None:
@@ -99,9 +98,8 @@ def _by_label(
     if 2 * len(at.flat) > label.numel():
         return everything(weight, logits, label, score, mask)
     of_class = (None if x is None else at.of(x) for x in (logits, label, score, mask))
-    background = (~is_class).to(logits.dtype) if weight is None else weight * ~is_class
     return [
-        Part((logits, None, None, mask), background),
+        Part((logits, None, None, mask), weight, left=is_class),
         Part(tuple(of_class), None if weight is None else at.of(weight), at),
     ]
 
