@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .precision import at_least_float32
+
 # x1, y1, x2, y2, any shapes that broadcast.
 Columns = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -35,7 +37,7 @@ def hull(a: Columns, b: Columns) -> tuple[Tensor, Tensor]:
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """(..., 4) centre and size to corners, in float32 at least: in half, small boxes vanish."""
-    boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
+    boxes = at_least_float32(boxes)
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
     return torch.cat([centre - half, centre + half], -1)
 

@@ -20,6 +20,7 @@ from .boxes import ltrb
 from .entries import all_within, factor
 from .gather import first_set
 from .ops import classification, distribution, regression
+from .precision import arithmetic_dtype, at_least_float32
 from .reduction import EPS32, check_reduction, reduced
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class CrossEntropyLoss(Loss):
                 override=override,
             )
         if dense:
-            target = label.to(torch.promote_types(score.dtype, torch.float32))
+            target = label.to(arithmetic_dtype(score))
         else:
             classes = torch.arange(score.shape[-1], device=score.device)
             target = (label.unsqueeze(-1) == classes).to(torch.float32)
@@ -331,7 +332,7 @@ class QualityFocalLoss(Loss):
 
 def _logit(p: Tensor) -> Tensor:
     """Logits of probabilities, finite at 0 and 1 in float32."""
-    p = p.to(torch.promote_types(p.dtype, torch.float32))
+    p = at_least_float32(p)
     return p.clamp(min=torch.finfo(p.dtype).tiny).log() - torch.log1p(-p.clamp(max=1 - EPS32 / 2))
 
 
@@ -538,8 +539,8 @@ class DFLoss(nn.Module):
             predicts_anc (B, A, 4, bins) logits; targets_bbox (B, A, 4) xyxy in strides;
             valid_masks (B, A) with P entries set; box_norm (P,); cls_norm ().
         """
-        dtype = torch.promote_types(targets_bbox.dtype, torch.float32)
-        centre = self.vec2box.anchor_grid.to(dtype) / self.vec2box.scaler.unsqueeze(-1)
+        grid = self.vec2box.anchor_grid.to(arithmetic_dtype(targets_bbox))
+        centre = grid / self.vec2box.scaler.unsqueeze(-1)
         index, found = first_set(valid_masks.flatten(), len(box_norm))
         distances = ltrb(centre.expand(len(targets_bbox), -1, -1), targets_bbox.detach())
         left, right_weight = distribution.two_bins(

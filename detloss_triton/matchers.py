@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .ops.assignment import linear_sum_assignment
 from .ops.matching import match_cost, task_aligned
+from .precision import at_least_float32
 from .targets import Targets, pack
 
 # Keeps the normalised metric finite for a target that no prediction meets.
@@ -130,7 +131,7 @@ class BoxMatcher:
 
 def real_boxes(targets: Tensor, n_classes: int) -> Tensor:
     """(B, T, 4) float32 boxes of (B, T, 5) rows [class, box]; one of no class has no area."""
-    boxes = targets[..., 1:].to(torch.promote_types(targets.dtype, torch.float32))
+    boxes = at_least_float32(targets[..., 1:])
     is_class = (targets[..., :1] >= 0) & (targets[..., :1] < n_classes)
     return torch.where(is_class, boxes, 0)
 

@@ -123,19 +123,6 @@ def forked(x: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
     return both
 
 
-def unbound(x: Tensor) -> list[Tensor]:
-    """The entries of x along its first dimension, each of which may be modified in place.
-
-    They take over the memory of x, which nothing else may use any more, so pass a result that was
-    made for this: of `value * factor`, autograd keeps `value`. Backward is one stack.
-    """
-    if torch.compiler.is_compiling():
-        # What a compiled graph returns is no view to autograd.
-        return list(x.unbind())
-    entries: tuple[Tensor, ...] = _Unbound.apply(x)
-    return list(entries)
-
-
 class _Stack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:
@@ -162,18 +149,6 @@ class _Forked(torch.autograd.Function):
         out[:start], out[stop:] = dx[:start], dx[stop:]
         torch.add(dx[start:stop], dsome, out=out[start:stop])
         return out, None, None
-
-
-class _Unbound(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, ...]:
-        # Autograd refuses to modify a view that is one of several, and a copy of each would be a
-        # launch of each. `data` is the same memory and no view.
-        return tuple(entry.data for entry in x.unbind())
-
-    @staticmethod
-    def backward(ctx: Any, *dentries: Tensor) -> Tensor:
-        return torch.stack(dentries)
 
 
 def _taken(x: Tensor, dim: int, index: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How the losses of a batch become one number, and how that number is normalised."""
+"""How the losses of a batch become one number, how that is normalised, and handed out."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .backend import is_eager_cpu
 from .op import RowOp
+from .precision import at_least_float32
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -56,7 +57,7 @@ def reduced(
         divisor = avg_factor + avg_eps
     if weight is not None and _may_be_scaled(weight, divisor):
         # The gradients that a CPU finds in forward are then right as they are.
-        weight = scaled(weight.to(torch.promote_types(weight.dtype, torch.float32)), scale)
+        weight = scaled(at_least_float32(weight), scale)
         return op(*inputs, weight=weight / divisor, **params)
     total = op(*inputs, weight=weight, **params)
     if isinstance(divisor, Tensor) or divisor == 0:
@@ -106,3 +107,28 @@ def _flat(values: Any) -> Iterator[Tensor]:
     else:
         for value in values.values() if isinstance(values, Mapping) else values:
             yield from _flat(value)
+
+
+def unbound(x: Tensor) -> list[Tensor]:
+    """The entries of x along its first dimension, each of which may be modified in place.
+
+    They take over the memory of x, which nothing else may use any more, so pass a result that was
+    made for this: of `value * factor`, autograd keeps `value`. Backward is one stack.
+    """
+    if torch.compiler.is_compiling():
+        # What a compiled graph returns is no view to autograd.
+        return list(x.unbind())
+    entries: tuple[Tensor, ...] = _Unbound.apply(x)
+    return list(entries)
+
+
+class _Unbound(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, ...]:
+        # Autograd refuses to modify a view that is one of several, and a copy of each would be a
+        # launch of each. `data` is the same memory and no view.
+        return tuple(entry.data for entry in x.unbind())
+
+    @staticmethod
+    def backward(ctx: Any, *dentries: Tensor) -> Tensor:
+        return torch.stack(dentries)

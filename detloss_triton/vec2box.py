@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .precision import at_least_float32
+
 Level = tuple[Tensor, Tensor, Tensor]
 
 
@@ -80,7 +82,7 @@ class Vec2Box:
         """Boxes (B, A, 4) xyxy in pixels: centre -/+ ltrb stride; their columns are contiguous."""
         distances = torch.cat([b.flatten(2) for _, _, b in predicts], 2)
         # Half precision is 0.5 pixels at 640.
-        distances = distances.to(torch.promote_types(distances.dtype, torch.float32)) * self.scaler
+        distances = at_least_float32(distances) * self.scaler
         centre = self.anchor_grid.T
         boxes = torch.cat([centre - distances[:, :2], centre + distances[:, 2:]], 1)
         return boxes.transpose(1, 2)

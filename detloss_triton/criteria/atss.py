@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from detloss_triton.boxes import columns
 from detloss_triton.losses import CrossEntropyLoss, CrossSigmoidFocalLoss, QualityFocalLoss
 from detloss_triton.ops.regression import iou_loss
+from detloss_triton.precision import at_least_float32
 from detloss_triton.reduction import rank_means
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
@@ -25,8 +26,8 @@ from detloss_triton.validate import (
 
 from .levels import (
     as_rows,
-    at_least_float32,
     boxes_by_level,
+    check_images,
     check_levels,
     check_maps,
     decoded,
@@ -122,12 +123,11 @@ class ATSSCriterion(nn.Module):
             bbox_targets=bbox_targets,
             valid_label_mask=valid_label_mask,
         )
-        places = [f"{type(self).__name__}, level {level}" for level in range(len(labels))]
-        check_shapes(places[0], labels=(labels[0], ("N", "n")))
+        n_images, places = check_images(self, labels)
         for level, rows in enumerate(
             zip(labels, label_weights, anchors, bbox_targets, valid_label_mask, strict=True)
         ):
-            self._check_rows(places[level], labels[0].shape[0], *rows)
+            self._check_rows(places[level], n_images, *rows)
             check_maps(
                 *(places[level], labels[level]),
                 cls_score=(cls_score[level], self.cls_out_channels),

@@ -12,6 +12,7 @@ from detloss_triton.boxes import cxcywh_to_xyxy, ltrb
 from detloss_triton.matchers import union_of_matches
 from detloss_triton.memory import forked
 from detloss_triton.ops.distribution import distillation, two_bin
+from detloss_triton.precision import arithmetic_dtype, at_least_float32
 from detloss_triton.targets import Targets
 from detloss_triton.validate import enabled
 
@@ -197,7 +198,7 @@ class DFINECriterion(SetCriterion):
         if taught:
             teacher = layers.stacked("teacher_corners", taught).detach().unflatten(-1, n_sides)
             best = layers.stacked("teacher_logits", taught).detach().amax(-1)
-            confidence = best.to(torch.promote_types(best.dtype, torch.float32)).sigmoid()
+            confidence = at_least_float32(best).sigmoid()
             _, iou_of_taught = _and_some(iou, taught)
             weight = torch.where(found.matched, iou_of_taught, confidence.to(iou.dtype))
             weight = weight * _shares(found.matched, balance)
@@ -355,7 +356,7 @@ def box_bins(
         points: (L, B, Q, 4) reference boxes cxcywh. boxes: (L or 1, B, Q, 4) targets cxcywh.
         positions: (R + 1,). Returns two of (L, B, Q, 4), sides l, t, r, b.
     """
-    dtype = torch.promote_types(points.dtype, torch.float32)
+    dtype = arithmetic_dtype(points)
     points, boxes = points.to(dtype), boxes.to(dtype)
     scale = reg_scale.detach().to(dtype).abs().view(())
     size = points[..., 2:].repeat(1, 1, 1, 2) / scale + _SIZE_EPS

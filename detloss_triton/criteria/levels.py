@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from detloss_triton import losses
 from detloss_triton.coders import DeltaXYWHBBoxCoder, DistancePointBBoxCoder
+from detloss_triton.precision import at_least_float32
 from detloss_triton.reduction import EPS32
+from detloss_triton.shapes import check_shapes
 
 
 def is_ours(module: Any) -> bool:
@@ -20,11 +22,6 @@ def is_ours(module: Any) -> bool:
     """
     name: str = getattr(module, "forward", module).__module__
     return name == losses.__name__
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32, unless it is float64: sums and quotients of halves are too coarse."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def joined(levels: Sequence[Tensor]) -> Tensor:
@@ -156,6 +153,13 @@ def check_maps(place: str, rows: Tensor, /, **maps: tuple[Any, int]) -> None:
                 f"k * H * W = {n}, or (N, n, {features}) = ({images}, {n}, {features}), "
                 f"got {tuple(x.shape)}"
             )
+
+
+def check_images(criterion: nn.Module, labels: Sequence[Any]) -> tuple[int, list[str]]:
+    """The number of images, and what an error about each level begins with."""
+    places = [f"{type(criterion).__name__}, level {level}" for level in range(len(labels))]
+    check_shapes(places[0], labels=(labels[0], ("N", "n")))
+    return labels[0].shape[0], places
 
 
 def check_levels(**levels: Sequence[Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detloss_triton.precision import at_least_float32
 from detloss_triton.reduction import rank_means
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
@@ -21,8 +22,8 @@ from detloss_triton.validate import (
 
 from .levels import (
     as_rows,
-    at_least_float32,
     boxes_by_level,
+    check_images,
     check_levels,
     check_maps,
     is_ours,
@@ -83,12 +84,11 @@ class RTMDetCriterion(nn.Module):
             assign_metrics=assign_metrics,
             stride=stride,
         )
-        places = [f"{type(self).__name__}, level {level}" for level in range(len(labels))]
-        check_shapes(places[0], labels=(labels[0], ("N", "n")))
+        n_images, places = check_images(self, labels)
         for level, rows in enumerate(
             zip(labels, label_weights, bbox_targets, assign_metrics, stride, strict=True)
         ):
-            self._check_rows(places[level], labels[0].shape[0], *rows)
+            self._check_rows(places[level], n_images, *rows)
             check_maps(
                 *(places[level], labels[level]),
                 cls_score=(cls_score[level], self.cls_out_channels),

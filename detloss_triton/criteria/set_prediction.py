@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from detloss_triton.boxes import cxcywh_to_xyxy
 from detloss_triton.gather import settled
 from detloss_triton.matchers import HungarianMatcher
-from detloss_triton.memory import stack, unbound
+from detloss_triton.memory import stack
 from detloss_triton.ops.classification import varifocal
 from detloss_triton.ops.regression import giou_loss, iou_loss, l1
-from detloss_triton.reduction import rank_means
+from detloss_triton.reduction import rank_means, unbound
 from detloss_triton.shapes import check_shapes
 from detloss_triton.targets import Targets, joined, pack, padded_index
 from detloss_triton.validate import (

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from detloss_triton.gather import hardest
-from detloss_triton.memory import unbound
 from detloss_triton.ops.distribution import two_bin
 from detloss_triton.ops.regression import smooth_l1
-from detloss_triton.reduction import EPS32
+from detloss_triton.reduction import EPS32, unbound
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
     FINITE,

@@ -16,6 +16,7 @@ from detloss_triton.ops.classification import binary_cross_entropy
 from detloss_triton.ops.coding import distance_decode
 from detloss_triton.ops.distribution import two_bin, two_bins
 from detloss_triton.ops.regression import YOLOV9_EPS, ciou_loss
+from detloss_triton.precision import arithmetic_dtype
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import FINITE, a_box_with_class, check, enabled
 from detloss_triton.vec2box import Level, Vec2Box
@@ -158,7 +159,7 @@ class YOLOv9Criterion(nn.Module):
             )
             norm = _by_head(found.score, heads).sum((1, 2))
             norm = torch.where(norm > 0, norm, 1)
-        dtype = torch.promote_types(heads[0][0][2].dtype, torch.float32)
+        dtype = arithmetic_dtype(heads[0][0][2])
         pairs = _Pairs(self.vec2box, found, gt_boxes.repeat(n_heads, 1, 1), dtype)
         assert isinstance(self.loss_dfl, DFLoss)
         cls = self._loss_cls(heads, labels.repeat(n_heads, 1), found) / norm

@@ -12,6 +12,7 @@ from detloss_triton import backend
 from detloss_triton.gather import first_set
 from detloss_triton.losses import CrossEntropyLoss, IoULoss, L1Loss
 from detloss_triton.memory import take
+from detloss_triton.precision import at_least_float32
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
     FINITE,
@@ -23,7 +24,7 @@ from detloss_triton.validate import (
     exactly,
 )
 
-from .levels import at_least_float32, is_ours
+from .levels import is_ours
 
 
 class YOLOXCriterion(nn.Module):
