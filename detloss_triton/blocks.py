@@ -164,9 +164,9 @@ def backward(
 
 def _scaled(call: Call, inputs: _Inputs, dout: Tensor, ready: Ready) -> Gradients:
     """The gradients found in forward, times the upstream gradient."""
-    if ready.at is not None and call.keep > 0:
-        dout = ready.at.rows(call.keep).of(dout)
     scale = factor(dout)
+    if ready.at is not None and scale is not None and call.keep > 0:
+        scale = ready.at.rows(call.keep).of(scale)
     for g in ready.gradients:
         if g is not None and scale is not None:
             g *= scale[(..., *[None] * (g.dim() - scale.dim()))]
@@ -217,9 +217,9 @@ def _run(
             _put(gradients or [], part.at, some)
         else:
             losses = _cut(call, part, gradients, upstream)
-            if call.op.skip and part.weight is not None:
+            if gradients and call.op.skip and part.weight is not None:
                 skipped = where(~part.weight.bool()).by_dimension
-                for g in gradients or []:
+                for g in gradients:
                     if g is not None:
                         g[skipped] = 0
         found.append(losses)
@@ -248,6 +248,8 @@ def _picked(
 def _cut(call: Call, part: Part, gradients: Gradients | None, upstream: Tensor | None) -> Tensor:
     """The losses of all rows of a part, and their gradients, block by block."""
     inputs, weight = part.inputs, part.weight
+    # Losses that are not summed can be weighed together.
+    late = gradients is None and call.keep == len(call.rows)
     out = torch.zeros(call.out_shape, dtype=call.dtype(inputs), device="cpu")
     one = out.new_ones(())
     for index in _indices(call.rows, inputs, call.op.temporaries):
@@ -258,7 +260,8 @@ def _cut(call: Call, part: Part, gradients: Gradients | None, upstream: Tensor |
             if x is not None and g is not None
         ]
         with torch.set_grad_enabled(bool(leaves)):
-            losses = call.losses(None if weight is None else weight[index], *block, blank=False)
+            here = None if late or weight is None else weight[index]
+            losses = call.losses(here, *block, blank=False)
         if leaves:
             above = one.expand_as(losses) if upstream is None else upstream[index]
             results = iter(torch.autograd.grad(losses, leaves, above))
@@ -270,4 +273,4 @@ def _cut(call: Call, part: Part, gradients: Gradients | None, upstream: Tensor |
         if part.left is not None:
             losses = torch.where(part.left[index], 0, losses)
         cell += losses if cell.dim() == losses.dim() else losses.flatten(cell.dim()).sum(-1)
-    return out
+    return call.weighed(out, weight, blank=False) if late else out

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import backend
+from .precision import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -58,18 +59,16 @@ def factor(x: Tensor | None) -> Tensor | None:
     """A mask or weights; None where a CPU sees that they are 1 everywhere, as most are."""
     if x is None or x.numel() == 0 or not backend.is_eager_cpu(x.device):
         return x
-    # Most that differ somewhere do so in their first rows.
-    return None if (x.dim() == 0 or _is_one(x[:1])) and _is_one(x) else x
+    # Most that differ somewhere do so in their first row.
+    first = at_least_float32(x[(0,) * (x.dim() - 1)].detach()).numpy()
+    return None if (first == 1).all() and _is_one(x) else x
 
 
-def all_within(x: Tensor, low: float, high: float) -> bool:
-    """Whether a CPU sees that all are in [low, high], and none is NaN."""
+def none_negative(x: Tensor) -> bool:
+    """Whether a CPU sees that all are 0 or more, and none is NaN."""
     if not backend.is_eager_cpu(x.device):
         return False
-    if x.numel() == 0:
-        return True
-    least, most = _extremes(x)
-    return bool(low <= least and most <= high)
+    return x.numel() == 0 or bool(x.detach().amin().double().numpy() >= 0)
 
 
 def without_skipped(losses: Tensor, weight: Tensor) -> Tensor:
@@ -80,12 +79,9 @@ def without_skipped(losses: Tensor, weight: Tensor) -> Tensor:
     return torch.where(weight.bool(), losses, 0)
 
 
-def _extremes(x: Tensor) -> np.ndarray:
-    return torch.stack(x.detach().aminmax()).double().numpy()
-
-
 def _is_one(x: Tensor) -> bool:
     # torch's reductions of a large mask take many times as long.
     if x.dtype == torch.bool:
         return bool(x.numpy().all())
-    return bool((_extremes(x) == 1).all())
+    extremes = torch.stack(x.detach().aminmax())
+    return bool((extremes.double().numpy() == 1).all())

@@ -9,7 +9,6 @@ arguments are ignored.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .boxes import ltrb
-from .entries import all_within, factor
+from .entries import factor, none_negative
 from .gather import first_set
 from .ops import classification, distribution, regression
 from .precision import arithmetic_dtype, at_least_float32
@@ -184,7 +183,7 @@ class CrossEntropyLoss(Loss):
 
 def _kept(label: Tensor, ignore_index: int) -> Tensor | None:
     """Where a label or a target counts: a negative one never does. None where a CPU sees all do."""
-    if ignore_index < 0 and all_within(label, 0, math.inf):
+    if ignore_index < 0 and none_negative(label):
         return None
     kept = label >= 0
     return factor(kept if ignore_index < 0 else kept & (label != ignore_index))

@@ -26,7 +26,7 @@ from . import backend
 from .opaque import opaque
 
 # Bytes from which on a tensor is mapped, and beyond which its memory is not to be kept.
-_LARGE, _HUGE = 2**21, 2**28
+_LARGE, _HUGE = 2**22, 2**28
 
 # Up to so many threads of torch's write zeros slower than one of libc's, which does not read first
 # what it overwrites: here two took more than twice as long.
@@ -111,6 +111,9 @@ def take(x: Tensor, dim: int, index: Tensor) -> Tensor:
     """
     if not backend.is_cached_by_cpu(x.device):
         return _taken(x, dim, index)
+    if dim == 0 and index.dim() == 1 and _is_small(x):
+        # A Function in Python would cost more than it saves.
+        return x[index]
     out: Tensor = _Take.apply(x, dim, index)
     return out
 
@@ -190,6 +193,11 @@ def _zeroed(x: Tensor) -> Tensor:
         return x.zero_()
     ctypes.memset(x.data_ptr(), 0, n_bytes)
     return x
+
+
+def _is_small(x: Tensor) -> bool:
+    """Whether this is an eager CPU, and x not large."""
+    return backend.is_eager_cpu(x.device) and x.numel() * x.element_size() < _LARGE
 
 
 def _pays(n_bytes: int, device: torch.device) -> bool:

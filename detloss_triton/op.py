@@ -265,12 +265,15 @@ class Call:
             elif weight is not None:
                 # Left by the reference to be summed with the rows, in one loop.
                 weight = weight.unsqueeze(-1)
+        return self.weighed(losses, weight, blank)
+
+    def weighed(self, losses: Tensor, weight: Tensor | None, blank: bool) -> Tensor:
         if weight is None:
             return losses
         if self.op.values:
             weight = weight.unsqueeze(-1)
-        losses = losses * weight.to(dtype)
-        return losses if blank or not skip else entries.without_skipped(losses, weight)
+        losses = losses * weight.to(losses.dtype)
+        return losses if blank or not self.op.skip else entries.without_skipped(losses, weight)
 
     def whole(self, weight: Tensor | None, *inputs: Tensor | None) -> Tensor:
         """The reference on everything at once: for small inputs, and to be compiled."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detloss_triton import backend
 from detloss_triton.backend import kernels
-from detloss_triton.entries import all_within
 from detloss_triton.launch import TILE, Tile, power_of_2
 from detloss_triton.op import Input, Sample, row_loss
 from detloss_triton.slope import with_slope
@@ -58,13 +60,10 @@ def two_bin(
     Defaults w_left = 1, w_right = 0 make it the softmax cross-entropy. A row whose left bin does
     not exist costs 0; so does a right bin beyond the last.
     """
-    last = logits.shape[-1] - 1
-    if not all_within(left, 0, last):
-        left = torch.where(left == left.clamp(0, last), left, -1)
     left = left.long()
     bins = [left]
     if weight_right is not None:
-        bins.append(torch.where((left >= 0) & (left < last), left + 1, -1))
+        bins.append(torch.where(left >= 0, left + 1, -1))
     loss, *right = _surprisals(logits, bins)
     if weight_left is not None:
         loss = loss * weight_left
@@ -72,19 +71,15 @@ def two_bin(
 
 
 def _surprisals(logits: Tensor, bins: list[Tensor]) -> list[Tensor]:
-    """-log softmax(logits) at one bin per row, for each of some; 0 at -1."""
+    """-log softmax(logits) at one bin per row, for each of some; 0 where it does not exist."""
     if not torch.compiler.is_compiling():
         log_p = logits.log_softmax(-1).reshape(-1, logits.shape[-1])
-        # A thread picks from the rows it wrote. A gather picks from those of another thread too,
-        # and then the cores wait for each other's caches, here for longer than log_softmax takes.
-        return [
-            F.nll_loss(log_p, index.reshape(-1), ignore_index=-1, reduction="none").view_as(index)
-            for index in bins
-        ]
+        return [_at(log_p, index.reshape(-1)).view_as(index) for index in bins]
     # Inductor so reads the logits twice, for the largest and for the sum; the picked entries are
     # found on the way.
     x = logits - logits.detach().amax(-1, keepdim=True)
     norm = x.exp().sum(-1).log()
+    bins = [_or_none(i, logits.shape[-1]) for i in bins]
     if len(bins) > 1:
         # Each comparison would be a pass over all bins.
         at = [x.gather(-1, i.clamp(min=0).unsqueeze(-1)).squeeze(-1) for i in bins]
@@ -93,6 +88,23 @@ def _surprisals(logits: Tensor, bins: list[Tensor]) -> list[Tensor]:
         columns = torch.arange(x.shape[-1], device=x.device)
         at = [torch.where(columns == i.unsqueeze(-1), x, 0).sum(-1) for i in bins]
     return [torch.where(i >= 0, norm - found, 0) for i, found in zip(bins, at, strict=True)]
+
+
+def _at(log_p: Tensor, index: Tensor) -> Tensor:
+    """-log_p (n, bins) at an index per row, 0 where there is no such bin."""
+    # A thread picks from the rows it wrote. A gather picks from those of another thread too, and
+    # then the cores wait for each other's caches, here for longer than log_softmax takes.
+    pick = partial(F.nll_loss, log_p, ignore_index=-1, reduction="none")
+    if backend.is_eager_cpu(index.device):
+        # Nearly always all exist, and there it looks at each of them itself.
+        with suppress(IndexError):
+            return pick(target=index)
+    return pick(target=_or_none(index, log_p.shape[-1]))
+
+
+def _or_none(index: Tensor, bins: int) -> Tensor:
+    """The index of a bin, -1 where there is no such bin."""
+    return torch.where((index >= 0) & (index < bins), index, -1)
 
 
 @two_bin.triton
