@@ -163,17 +163,22 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return module.device(device)
 
 
-def describe() -> list[tuple[str, str]]:
-    """(label, value) rows: versions, devices, and which backend would run on each and why."""
+def versions() -> dict[str, str | None]:
+    """Of this library and of what it stands on; None for a Triton that cannot be imported."""
     from . import __version__
 
-    rows = [
-        ("detloss_triton", __version__),
-        ("python", platform.python_version()),
-        ("torch", torch.__version__),
-        ("triton", _no_triton or kernels.triton_version),
-        ("requested backend", _requested + (" (interpreted kernels)" if _INTERPRETED else "")),
-    ]
+    return {
+        "detloss_triton": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": None if _no_triton else kernels.triton_version,
+    }
+
+
+def describe() -> list[tuple[str, str]]:
+    """(label, value) rows: versions, devices, and which backend would run on each and why."""
+    rows = [(name, version or _no_triton) for name, version in versions().items()]
+    rows.append(("requested backend", _requested + " (interpreted kernels)" * _INTERPRETED))
     devices = [torch.device("cpu")]
     for kind in _GPU_TYPES:
         module = getattr(torch, kind, None)

@@ -115,6 +115,7 @@ def _run(
         BACKWARD=dout is not None,
         EACH=each,
         GROUP=0 if n_inner == n_rows else _neighbours(n_inner, n_segment),
+        WIDE=n_rows >= 2**31,
         BR=tile.rows,
         **tile.constants,
     )

@@ -77,7 +77,7 @@ def _order(x: Tensor) -> list[int]:
     """Dimensions of x, outermost in memory first. Dynamo sorts no symbols, but compares them."""
     order: list[int] = []
     for d in range(x.dim()):
-        order.insert(sum(x.stride(e) >= x.stride(d) for e in order), d)
+        order.insert(len([e for e in order if x.stride(e) >= x.stride(d)]), d)
     return order
 
 

@@ -49,11 +49,13 @@ def overlap_kernel(
     s_dpred_o, s_dpred_i, s_dpred_f, s_dtarget_o, s_dtarget_i, s_dtarget_f,
     n_segment, n_blocks, n_inner, n_features,
     HAS_WEIGHT: tl.constexpr, GRAD_PRED: tl.constexpr, GRAD_TARGET: tl.constexpr,
-    BACKWARD: tl.constexpr, EACH: tl.constexpr, GROUP: tl.constexpr, BR: tl.constexpr,
-    LOSS: tl.constexpr, EPS: tl.constexpr, OPTION: tl.constexpr,
+    BACKWARD: tl.constexpr, EACH: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
+    BR: tl.constexpr, LOSS: tl.constexpr, EPS: tl.constexpr, OPTION: tl.constexpr,
 ):  # fmt: skip
     """Boxes xyxy, four columns each."""
-    segment, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, BR)
+    segment, outer, inner, row, m_row = rows_of_program(
+        n_segment, n_blocks, n_inner, GROUP, WIDE, BR
+    )
     weight, m_used = row_weight(p_weight, outer, inner, s_weight_o, s_weight_i, m_row, HAS_WEIGHT)
     o_p = outer * s_pred_o + inner * s_pred_i
     o_t = outer * s_target_o + inner * s_target_i
@@ -93,11 +95,13 @@ def distance_kernel(
     s_dpred_o, s_dpred_i, s_dpred_f, s_dtarget_o, s_dtarget_i, s_dtarget_f,
     n_segment, n_blocks, n_inner, n_features,
     HAS_WEIGHT: tl.constexpr, GRAD_PRED: tl.constexpr, GRAD_TARGET: tl.constexpr,
-    BACKWARD: tl.constexpr, EACH: tl.constexpr, GROUP: tl.constexpr, BR: tl.constexpr,
-    LOSS: tl.constexpr, BETA: tl.constexpr, BF: tl.constexpr,
+    BACKWARD: tl.constexpr, EACH: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
+    BR: tl.constexpr, LOSS: tl.constexpr, BETA: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """Coordinate by coordinate, summed over the row's BF >= n_features columns."""
-    segment, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, BR)
+    segment, outer, inner, row, m_row = rows_of_program(
+        n_segment, n_blocks, n_inner, GROUP, WIDE, BR
+    )
     weight, m_used = row_weight(p_weight, outer, inner, s_weight_o, s_weight_i, m_row, HAS_WEIGHT)
     column = tl.arange(0, BF).to(tl.int64)
     m_column = column < n_features
@@ -133,12 +137,12 @@ def delta_decode_kernel(
     s_weight_o, s_weight_i, s_ddeltas_o, s_ddeltas_i, s_ddeltas_f,
     n_segment, n_blocks, n_inner, n_features,
     HAS_WEIGHT: tl.constexpr, BACKWARD: tl.constexpr, EACH: tl.constexpr, GROUP: tl.constexpr,
-    BR: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr,
+    WIDE: tl.constexpr, BR: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr,
     MEAN_X: tl.constexpr, MEAN_Y: tl.constexpr, MEAN_W: tl.constexpr, MEAN_H: tl.constexpr,
     STD_X: tl.constexpr, STD_Y: tl.constexpr, STD_W: tl.constexpr, STD_H: tl.constexpr,
 ):  # fmt: skip
     """Boxes xyxy from normalised deltas and anchors."""
-    _, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, BR)
+    _, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, WIDE, BR)
     weight, m_used = row_weight(p_weight, outer, inner, s_weight_o, s_weight_i, m_row, HAS_WEIGHT)
     o_d = outer * s_deltas_o + inner * s_deltas_i
     o_a = outer * s_anchors_o + inner * s_anchors_i
@@ -181,10 +185,10 @@ def distance_decode_kernel(
     s_weight_o, s_weight_i, s_ddistances_o, s_ddistances_i, s_ddistances_f,
     n_segment, n_blocks, n_inner, n_features,
     HAS_WEIGHT: tl.constexpr, BACKWARD: tl.constexpr, EACH: tl.constexpr, GROUP: tl.constexpr,
-    BR: tl.constexpr,
+    WIDE: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Boxes xyxy from points and the distances to left, top, right and bottom: [BR, 4] tiles."""
-    _, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, BR)
+    _, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, WIDE, BR)
     weight, m_used = row_weight(p_weight, outer, inner, s_weight_o, s_weight_i, m_row, HAS_WEIGHT)
     column = tl.arange(0, 4).to(tl.int64)
     sign = tl.where(column < 2, -1.0, 1.0)[None, :]

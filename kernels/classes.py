@@ -35,10 +35,13 @@ def class_kernel(
     n_segment, n_blocks, n_inner, n_features,
     HAS_LABEL: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, BACKWARD: tl.constexpr, EACH: tl.constexpr, GROUP: tl.constexpr,
-    BR: tl.constexpr, LOSS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BC: tl.constexpr,
+    WIDE: tl.constexpr, BR: tl.constexpr, LOSS: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    BC: tl.constexpr,
 ):  # fmt: skip
     """Without a label every class of the row has the row's score as its target."""
-    segment, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, BR)
+    segment, outer, inner, row, m_row = rows_of_program(
+        n_segment, n_blocks, n_inner, GROUP, WIDE, BR
+    )
     score = tl.full([BR], 1.0, tl.float32)
     if HAS_SCORE:
         o_score = outer * s_score_o + inner * s_score_i

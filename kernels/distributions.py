@@ -18,11 +18,14 @@ def two_bin_kernel(
     s_dlogits_o, s_dlogits_i, s_dlogits_f,
     n_segment, n_blocks, n_inner, n_features,
     HAS_WEIGHT_LEFT: tl.constexpr, HAS_WEIGHT_RIGHT: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    BACKWARD: tl.constexpr, EACH: tl.constexpr, GROUP: tl.constexpr, BR: tl.constexpr,
+    BACKWARD: tl.constexpr, EACH: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
+    BR: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
     """A row whose left bin is no bin weighs nothing; a right bin beyond the last is left out."""
-    segment, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, BR)
+    segment, outer, inner, row, m_row = rows_of_program(
+        n_segment, n_blocks, n_inner, GROUP, WIDE, BR
+    )
     weight, m_used = row_weight(p_weight, outer, inner, s_weight_o, s_weight_i, m_row, HAS_WEIGHT)
     o_left = outer * s_left_o + inner * s_left_i
     left = tl.load(p_left + o_left, mask=m_used, other=-1).to(tl.int64)
@@ -63,10 +66,12 @@ def distillation_kernel(
     s_weight_o, s_weight_i, s_dstudent_o, s_dstudent_i, s_dstudent_f,
     n_segment, n_blocks, n_inner, n_features,
     HAS_WEIGHT: tl.constexpr, BACKWARD: tl.constexpr, EACH: tl.constexpr, GROUP: tl.constexpr,
-    BR: tl.constexpr, BK: tl.constexpr, TEMPERATURE: tl.constexpr,
+    WIDE: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, TEMPERATURE: tl.constexpr,
 ):  # fmt: skip
     """A student's distribution pulled towards its teacher's, row by row."""
-    segment, outer, inner, row, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, BR)
+    segment, outer, inner, row, m_row = rows_of_program(
+        n_segment, n_blocks, n_inner, GROUP, WIDE, BR
+    )
     weight, m_used = row_weight(p_weight, outer, inner, s_weight_o, s_weight_i, m_row, HAS_WEIGHT)
     column = tl.arange(0, BK).to(tl.int64)
     m_column = (column < n_features)[None, :]

@@ -11,10 +11,13 @@ import triton.language as tl
 
 
 @triton.jit
-def rows_of_program(n_segment, n_blocks, n_inner, GROUP: tl.constexpr, BR: tl.constexpr):
+def rows_of_program(
+    n_segment, n_blocks, n_inner, GROUP: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr
+):
     """(segment, outer, inner, row, mask) of this program's rows; int64, for 2^31 is not far.
 
     GROUP is 0 if the rows lie in one dimension; else so many neighbours share their outer index.
+    WIDE says that there are more rows than an int32 counts.
     """
     if GROUP > 1:
         # Says to the compiler what is so anyway: neighbouring rows are then read together.
@@ -28,7 +31,8 @@ def rows_of_program(n_segment, n_blocks, n_inner, GROUP: tl.constexpr, BR: tl.co
         outer = row * 0
         inner = row
     else:
-        outer = row // n_inner
+        # One of 64 bits would be a subroutine.
+        outer = ((row if WIDE else row.to(tl.int32)) // n_inner).to(tl.int64)
         inner = row - outer * n_inner
     return segment, outer, inner, row, local < n_segment
 

@@ -15,7 +15,6 @@ import torch.utils._triton
 import triton
 from cases import NAMES, Case, case
 from torch._dynamo.backends.common import aot_autograd
-from torch._higher_order_ops import triton_kernel_wrap
 from triton.backends.compiler import GPUTarget
 
 from detloss_triton import backend, use_backend
@@ -56,10 +55,6 @@ def main() -> None:
     triton.runtime.driver.set_active(NoGPU())
     torch.utils._triton.has_triton = lambda: True
     backend._INTERPRETED = True  # CPU tensors will do
-    # Which arguments a kernel writes is not the question, and takes most of the time to find out.
-    triton_kernel_wrap.identify_mutated_tensors = lambda kernel, arguments, *_: [
-        name for name, value in arguments.items() if isinstance(value, torch.Tensor)
-    ]
     for name in NAMES:
         torch._dynamo.reset()
         counts: dict[str, int] = {}

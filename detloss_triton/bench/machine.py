@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 
-from detloss_triton import __version__
+from detloss_triton.backend import versions
 
 from .measure import Clock
 
-_PACKAGES = (
-    *("numpy", "otx", "scipy", "torchvision", "transformers", "torch-linear-assignment", "triton"),
-)
+_PACKAGES = ("numpy", "otx", "scipy", "torchvision", "transformers", "torch-linear-assignment")
 
 
 def describe(device: torch.device, clock: Clock) -> dict[str, Any]:
@@ -32,11 +30,10 @@ def describe(device: torch.device, clock: Clock) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "commit": _commit(),
         "versions": {
-            "detloss_triton": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        }
-        | {name: version for name in _PACKAGES if (version := _version(name))},
+            name: version
+            for name, version in (versions() | {p: _version(p) for p in _PACKAGES}).items()
+            if version
+        },
     }
 
 

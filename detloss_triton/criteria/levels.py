@@ -20,7 +20,10 @@ def is_ours(module: Any) -> bool:
 
     Ours run fused, on (batch, anchors) rows; a stranger's is called as OTX calls it.
     """
-    name: str = getattr(module, "forward", module).__module__
+    if not isinstance(module, nn.Module) or "forward" in module.__dict__:
+        return False
+    # Not of the bound method: Dynamo of torch 2.11 takes its module for another object.
+    name: str = type(module).forward.__module__
     return name == losses.__name__
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from detloss_triton import __version__
+from detloss_triton.backend import versions
 
 from . import ranks
 from .average_precision import AveragePrecision, average_precision
@@ -112,7 +110,7 @@ def _train(settings: Settings) -> None:
             "total": time.perf_counter() - started,
         },
         "settings": asdict(settings),
-        "versions": _versions(),
+        "versions": versions(),
     }
     settings.output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(metrics, indent=2, default=str) + "\n"
@@ -206,16 +204,3 @@ def _check_output(output: Path) -> None:
         existing = existing.parent
     if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"--output: expected a directory that can be written to, got {output}")
-
-
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {
-        "detloss_triton": __version__,
-        "python": platform.python_version(),
-    }
-    for package in ("torch", "triton"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
