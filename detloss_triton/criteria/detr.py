@@ -79,7 +79,7 @@ class DetrCriterion(SetCriterion):
             assert dn_meta is not None
             layers = stack_layers(denoising)
             given = matched_targets(denoising_map(dn_meta, layers.logits.shape[2]), packed)
-            losses |= self._losses(layers, given, norm * max(dn_meta["dn_num_group"], 1))
+            losses.update(self._losses(layers, given, norm * max(dn_meta["dn_num_group"], 1)))
         return losses
 
     def _losses(self, layers: Layers, found: Matched, norm: Tensor) -> dict[str, Tensor]:
@@ -91,7 +91,9 @@ class DetrCriterion(SetCriterion):
             "loss_bbox": distance / (norm + EPS32),
             "loss_vfl": vfl / norm,
         }
-        return named_losses(values, dict.fromkeys(values, 1.0) | self.weight_dict, layers.suffixes)
+        return named_losses(
+            values, {**dict.fromkeys(values, 1.0), **self.weight_dict}, layers.suffixes
+        )
 
     def loss_labels_vfl(
         self,

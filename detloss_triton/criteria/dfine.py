@@ -120,7 +120,7 @@ class DFINECriterion(SetCriterion):
             layers = stack_layers(denoising)
             given = matched_targets(denoising_map(dn_meta, layers.logits.shape[2]), packed)
             norm = norm * max(dn_meta["dn_num_group"], 1)
-            losses |= self._losses(layers, given, norm, given, norm, balance, bins)
+            losses.update(self._losses(layers, given, norm, given, norm, balance, bins))
         return losses
 
     def _bins(self, outputs: Output) -> tuple[Tensor, Tensor] | None:
@@ -134,10 +134,10 @@ class DFINECriterion(SetCriterion):
         widths = super()._widths(output)
         if output.get("pred_corners") is not None:
             n_logits = 4 * (self.reg_max + 1)
-            widths |= {"pred_corners": n_logits, "ref_points": 4}
+            widths.update({"pred_corners": n_logits, "ref_points": 4})
             if output.get("teacher_corners") is not None:
                 # The most likely class weighs: how many there are does not matter.
-                widths |= {"teacher_corners": n_logits, "teacher_logits": "teacher's C"}
+                widths.update({"teacher_corners": n_logits, "teacher_logits": "teacher's C"})
         return widths
 
     def _losses(
@@ -161,7 +161,7 @@ class DFINECriterion(SetCriterion):
         }
         losses = named_losses(values, self.weight_dict, layers.suffixes)
         iou = iou if own is union else iou_of(layers.boxes, union)
-        return losses | self._local(layers, union, iou, union_norm, balance, bins)
+        return {**losses, **self._local(layers, union, iou, union_norm, balance, bins)}
 
     def _local(
         self,
@@ -208,9 +208,8 @@ class DFINECriterion(SetCriterion):
                 keep=1,
                 temperature=temperature,
             )
-            losses |= named_losses(
-                {"loss_ddf": ddf}, self.weight_dict, [layers.suffixes[i] for i in taught]
-            )
+            suffixes = [layers.suffixes[i] for i in taught]
+            losses.update(named_losses({"loss_ddf": ddf}, self.weight_dict, suffixes))
         return losses
 
     def loss_labels_vfl(

@@ -174,7 +174,7 @@ def check_levels(**levels: Sequence[Any]) -> None:
         lengths[name] = len(value)
     if len(set(lengths.values())) > 1:
         raise ValueError(f"all arguments must have one entry per level, got {lengths}")
-    if 0 in lengths.values():
+    if not all(lengths.values()):
         raise ValueError(f"{', '.join(lengths)}: expected one entry per level, got none")
 
 
