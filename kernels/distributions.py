@@ -19,8 +19,7 @@ def two_bin_kernel(
     n_segment, n_blocks, n_inner, n_features,
     HAS_WEIGHT_LEFT: tl.constexpr, HAS_WEIGHT_RIGHT: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     BACKWARD: tl.constexpr, EACH: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
-    BR: tl.constexpr,
-    BK: tl.constexpr,
+    BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A row whose left bin is no bin weighs nothing; a right bin beyond the last is left out."""
     segment, outer, inner, row, m_row = rows_of_program(

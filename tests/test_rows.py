@@ -28,9 +28,8 @@ def rows_kernel(
 
 
 @pytest.mark.parametrize("n_segment", [3 * 2**20, 3 * 2**30], ids=["int32", "beyond"])
-def test_rows_are_found_in_two_dimensions(n_segment: int) -> None:
+def test_rows_are_found_in_two_dimensions(n_segment: int, device: torch.device) -> None:
     """The first block of each of four segments."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     n_inner = 3 * 2**10 + 5
     outer, inner, row = torch.zeros(3, 4, BLOCK, dtype=torch.int64, device=device)
     backend.launch(
