@@ -16,15 +16,26 @@ from detloss_triton.shapes import check_shapes
 
 
 def is_ours(module: Any) -> bool:
-    """Whether a module's forward is this library's: that of a subclass may be the user's own.
+    """Whether a module's forward is this library's and nobody listens: that of a subclass may be
+    the user's own, and a hook expects what OTX calls the module with.
 
     Ours run fused, on (batch, anchors) rows; a stranger's is called as OTX calls it.
     """
-    if not isinstance(module, nn.Module) or "forward" in module.__dict__:
+    if not isinstance(module, nn.Module) or "forward" in module.__dict__ or has_hooks(module):
         return False
     # Not of the bound method: Dynamo of torch 2.11 takes its module for another object.
     name: str = type(module).forward.__module__
     return name == losses.__name__
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a user has hooked into a module's call, forward or backward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def joined(levels: Sequence[Tensor]) -> Tensor:
