@@ -22,7 +22,6 @@ _BACKENDS: tuple[str, ...] = get_args(Backend)
 
 # CUDA and ROCm tensors both call themselves "cuda".
 _GPU_TYPES = ("cuda", "xpu")
-_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 try:
@@ -75,18 +74,19 @@ def why_not_triton(device: torch.device, dtypes: Sequence[torch.dtype] = ()) -> 
         return _no_triton
     if _launches is not None:
         return ""
+    if is_transformed():
+        return "torch.func transforms this call, and no transform looks into a kernel"
     if device.type == "cpu" and not _INTERPRETED:
         return "the tensors are on the CPU and TRITON_INTERPRET=1 was not set before the import"
     if device.type != "cpu" and device.type not in _GPU_TYPES:
         return f"Triton has no backend for device type {device.type!r}"
-    for dtype in dtypes:
-        if dtype not in _TRITON_DTYPES:
-            return f"the kernels compute in float32 and would lose the precision of {dtype}"
+    if torch.float64 in dtypes:
+        return "the kernels compute in float32 and would lose the precision of torch.float64"
     return ""
 
 
 def choose(device: torch.device, dtypes: Sequence[torch.dtype] = ()) -> Literal["triton", "torch"]:
-    """The backend for tensors on `device`; `dtypes` are those of the differentiable inputs.
+    """The backend for tensors on `device`; `dtypes` are those of the values to compute with.
 
     Raises:
         RuntimeError: if "triton" was asked for by name and cannot run; it says why.
@@ -105,6 +105,14 @@ def choose(device: torch.device, dtypes: Sequence[torch.dtype] = ()) -> Literal[
     return "torch"
 
 
+def refuse_double(name: str, device: torch.device) -> None:
+    """Raise RuntimeError, naming a float64 tensor, if "triton" was asked for: kernels have none."""
+    if _requested == "triton" and (reason := why_not_triton(device, [torch.float64])):
+        raise RuntimeError(
+            f"{name} is torch.float64: backend 'triton' was requested but cannot run: {reason}"
+        )
+
+
 def is_auto() -> bool:
     """Whether no backend was asked for by name, so that either may run."""
     return _requested == "auto"
@@ -115,9 +123,25 @@ def is_cached_by_cpu(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def is_transformed(*tensors: torch.Tensor) -> bool:
+    """Whether `torch.func` transforms what runs, or a tensor is a batch that torch hides.
+
+    Ops are then their torch references, which every transform understands: it must see operations
+    on tensors, and neither their memory nor their values.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    return functorch.peek_interpreter_stack() is not None or any(
+        # The batches of `torch.autograd.grad(..., is_grads_batched=True)`.
+        functorch.is_legacy_batchedtensor(x)
+        for x in tensors
+    )
+
+
 def is_eager_cpu(device: torch.device) -> bool:
     """Whether this runs on such a CPU as it is written, so that it may look at the data."""
-    return is_cached_by_cpu(device) and not torch.compiler.is_compiling()
+    return is_cached_by_cpu(device) and not torch.compiler.is_compiling() and not is_transformed()
 
 
 @dataclass(frozen=True)

@@ -43,5 +43,9 @@ def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
 
 
 def ltrb(points: Tensor, boxes: Tensor) -> Tensor:
-    """Distances (..., 4) from points (..., 2) to the left, top, right and bottom of xyxy boxes."""
+    """Distances (..., 4) from points (..., 2) to the left, top, right and bottom of xyxy boxes.
+
+    In float32 at least: unsigned integers would wrap.
+    """
+    points, boxes = at_least_float32(points), at_least_float32(boxes)
     return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], -1)

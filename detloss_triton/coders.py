@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .boxes import ltrb
 from .ops import coding
+from .precision import at_least_float32
 
 MaxShape = Sequence[int] | Tensor | None
 
@@ -25,9 +27,36 @@ def _clipped(boxes: Tensor, max_shape: MaxShape) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), limits)
 
 
-def _check_boxes(name: str, boxes: Tensor) -> None:
-    if boxes.dim() == 0 or boxes.shape[-1] != 4:
-        raise ValueError(f"{name} must have shape (..., 4), got {tuple(boxes.shape)}")
+def _check(coder: object, codes: tuple[str, Any], origins: tuple[str, Any], columns: int) -> None:
+    """Raise unless codes (or boxes) are (..., 4), and what they start from has their rows.
+
+    Origins may lack leading dimensions, as anchors that all images share: a row stands for one row.
+
+    Raises:
+        TypeError: for what is no tensor.
+        ValueError: for another shape; it names coder and argument.
+    """
+    for name, x in (codes, origins):
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"{type(coder).__name__}: {name} must be a tensor, got {type(x).__name__}"
+            )
+    (name, x), (origin, y) = codes, origins
+    if x.dim() == 0 or x.shape[-1] != 4:
+        raise ValueError(
+            f"{type(coder).__name__}: {name} must have shape (..., 4), got {tuple(x.shape)}"
+        )
+    rows, given = x.shape[:-1], y.shape[:-1]
+    if y.dim() == 0 or y.shape[-1] < columns or (columns == 4 and y.shape[-1] > 4):
+        raise ValueError(
+            f"{type(coder).__name__}: {origin} must have shape (..., {columns}), "
+            f"got {tuple(y.shape)}"
+        )
+    if len(given) > len(rows) or rows[len(rows) - len(given) :] != given:
+        raise ValueError(
+            f"{type(coder).__name__}: {origin} must have the rows of {name}, {tuple(rows)} or the "
+            f"last of these dimensions, got {tuple(y.shape)}"
+        )
 
 
 class DeltaXYWHBBoxCoder:
@@ -64,10 +93,9 @@ class DeltaXYWHBBoxCoder:
 
     def encode(self, bboxes: Tensor, gt_bboxes: Tensor) -> Tensor:
         """Deltas (..., 4) that turn `bboxes` into `gt_bboxes`, both (..., 4) xyxy."""
-        _check_boxes("bboxes", bboxes)
-        _check_boxes("gt_bboxes", gt_bboxes)
-        p_centre, p_size = _centre_size(bboxes.float())
-        g_centre, g_size = _centre_size(gt_bboxes.float())
+        _check(self, ("gt_bboxes", gt_bboxes), ("bboxes", bboxes), 4)
+        p_centre, p_size = _centre_size(at_least_float32(bboxes))
+        g_centre, g_size = _centre_size(at_least_float32(gt_bboxes))
         shift, log_ratio = (g_centre - p_centre) / p_size, torch.log(g_size / p_size)
         # Column by column: a tensor of the constants would be a copy to the device at every call.
         deltas = torch.cat([shift, log_ratio], -1).unbind(-1)
@@ -91,8 +119,7 @@ class DeltaXYWHBBoxCoder:
             weight: (...,), a factor of each box; one of weight 0 is 0 whatever its deltas hold, and
                 so is their gradient.
         """
-        _check_boxes("bboxes", bboxes)
-        _check_boxes("pred_bboxes", pred_bboxes)
+        _check(self, ("pred_bboxes", pred_bboxes), ("bboxes", bboxes), 4)
         boxes = coding.delta_decode(
             pred_bboxes,
             bboxes.expand(pred_bboxes.shape),
@@ -132,7 +159,7 @@ class DistancePointBBoxCoder:
         eps: float = 0.1,
     ) -> Tensor:
         """Distances (..., 4) from points (..., 2) to boxes (..., 4), within [0, max_dis - eps]."""
-        _check_boxes("gt_bboxes", gt_bboxes)
+        _check(self, ("gt_bboxes", gt_bboxes), ("points", points), 2)
         distances = ltrb(points[..., :2], gt_bboxes)
         return distances if max_dis is None else distances.clamp(0, max_dis - eps)
 
@@ -147,7 +174,7 @@ class DistancePointBBoxCoder:
 
         A box of weight (...,) 0 is 0 whatever its distances hold, and so is their gradient.
         """
-        _check_boxes("pred_bboxes", pred_bboxes)
+        _check(self, ("pred_bboxes", pred_bboxes), ("points", points), 2)
         point = points[..., :2].expand(*pred_bboxes.shape[:-1], 2)
         boxes = coding.distance_decode(pred_bboxes, point, weight=weight)
         return _clipped(boxes, max_shape if self.clip_border else None)

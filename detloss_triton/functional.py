@@ -1,18 +1,27 @@
 """The losses as functions: torchvision's names and argument order where it has them.
 
-Everything computes in float32 (float64 for float64 inputs) and returns that, whatever the input's
-dtype; gradients come back in the input's dtype. Where the reduction sums losses, they are never
-written out. `reduction` is "none", "mean" or "sum" throughout, and every function raises
-ValueError for another, or for shapes that disagree.
+Everything computes in float32 (float64 where a tensor is) and returns that, whatever the dtype:
+half precision, integers and masks are for storage. Gradients come back in the input's dtype. Where
+the reduction sums losses, they are never written out. `reduction` is "none", "mean" or "sum"
+throughout.
+
+Every function raises ValueError for another reduction, for shapes or devices that disagree, for
+labels that are not integers, and for targets, scores or weights that require a gradient, as none
+is defined; TypeError for what is no tensor.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from . import backend
 from .ops import classification, distribution, regression
 from .ops.assignment import linear_sum_assignment
 from .reduction import reduced
+from .shapes import Dimensions, check_shapes
 
 __all__ = [
     "binary_cross_entropy_with_logits",
@@ -31,15 +40,27 @@ __all__ = [
 ]
 
 
-def _same_shape(a: Tensor, b: Tensor, names: str) -> None:
-    if a.shape != b.shape:
-        raise ValueError(f"{names} must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
+# Arguments without a gradient; boxes and coordinates have one, on either side.
+_CONSTANTS = ("targets", "labels", "scores", "weight")
 
 
-def _box_pairs(a: Tensor, b: Tensor, names: str) -> None:
-    _same_shape(a, b, names)
-    if a.dim() == 0 or a.shape[-1] != 4:
-        raise ValueError(f"{names} must have shape (..., 4), got {tuple(a.shape)}")
+def _check(place: str, /, **arguments: tuple[Any, Dimensions]) -> None:
+    """Raise unless the arguments fit each other, in a message of the caller's names; see above."""
+    if arguments.get("weight", (0,))[0] is None:
+        del arguments["weight"]
+    check_shapes(place, **arguments)
+    for name, (x, _) in arguments.items():
+        if x.is_complex() or (name == "labels" and x.is_floating_point() and x.numel() > 0):
+            expected = "integers" if name == "labels" else "real numbers"
+            raise ValueError(f"{place}: {name} must hold {expected}, got {x.dtype}")
+        if name in _CONSTANTS and x.requires_grad:
+            raise ValueError(f"{place}: no gradient is defined for {name}; detach it first")
+        if x.dtype == torch.float64 and name != "weight":
+            backend.refuse_double(f"{place}: {name}", x.device)
+
+
+def _check_labelled(place: str, inputs: Tensor, labels: Tensor, scores: Tensor) -> None:
+    _check(place, inputs=(inputs, (..., "C")), labels=(labels, (...,)), scores=(scores, (...,)))
 
 
 def binary_cross_entropy_with_logits(
@@ -50,7 +71,8 @@ def binary_cross_entropy_with_logits(
     Shapes:
         inputs: any, logits. targets: the same, in [0, 1]. weight: the same, or None.
     """
-    _same_shape(inputs, targets, "inputs and targets")
+    place = "binary_cross_entropy_with_logits"
+    _check(place, inputs=(inputs, (...,)), targets=(targets, (...,)), weight=(weight, (...,)))
     return reduced(
         classification.binary_cross_entropy,
         *(inputs.unsqueeze(-1), None, targets, None),
@@ -77,7 +99,7 @@ def sigmoid_focal_loss(
     Shapes:
         inputs: any, logits. targets: the same, 0 or 1 (values between are interpolated).
     """
-    _same_shape(inputs, targets, "inputs and targets")
+    _check("sigmoid_focal_loss", inputs=(inputs, (...,)), targets=(targets, (...,)))
     return reduced(
         classification.sigmoid_focal,
         *(inputs.unsqueeze(-1), None, targets, None),
@@ -98,6 +120,7 @@ def quality_focal_loss(
         inputs: (..., C) logits. labels: (...,) int, outside [0, C) for background.
         scores: (...,) in [0, 1], the quality (IoU) of the prediction. Returns (...,) for "none".
     """
+    _check_labelled("quality_focal_loss", inputs, labels, scores)
     return reduced(
         classification.quality_focal, inputs, labels, scores, None, reduction=reduction, beta=beta
     )
@@ -117,6 +140,7 @@ def varifocal_loss(
 
     Shapes: as `quality_focal_loss`.
     """
+    _check_labelled("varifocal_loss", inputs, labels, scores)
     return reduced(
         classification.varifocal,
         *(inputs, labels, scores, None),
@@ -137,6 +161,12 @@ def cross_entropy(
     Shapes:
         inputs: (..., C) logits. labels: (...,) int. weight: (...,) factor of each row, or None.
     """
+    _check(
+        "cross_entropy",
+        inputs=(inputs, (..., "C")),
+        labels=(labels, (...,)),
+        weight=(weight, (...,)),
+    )
     return reduced(
         distribution.two_bin, inputs, labels, None, None, weight=weight, reduction=reduction
     )
@@ -154,6 +184,12 @@ def distribution_focal_loss(
         inputs: (..., bins) logits. targets: (...,) in [0, bins - 1), clamped into it.
         weight: (...,), or None. Returns (...,) for "none".
     """
+    _check(
+        "distribution_focal_loss",
+        inputs=(inputs, (..., "bins")),
+        targets=(targets, (...,)),
+        weight=(weight, (...,)),
+    )
     left, right_weight = distribution.two_bins(targets, inputs.shape[-1])
     return reduced(
         distribution.two_bin,
@@ -173,7 +209,7 @@ def iou_loss(
     Shapes:
         pred, target: (..., 4) boxes xyxy. Returns (...,) for "none".
     """
-    _box_pairs(pred, target, "pred and target")
+    _check("iou_loss", pred=(pred, (..., 4)), target=(target, (..., 4)))
     regression.check_iou_mode(mode)
     return reduced(regression.iou_loss, pred, target, reduction=reduction, mode=mode, eps=eps)
 
@@ -188,7 +224,7 @@ def generalized_box_iou_loss(
     Shapes:
         boxes1, boxes2: (..., 4) boxes xyxy, both may carry gradients. Returns (...,) for "none".
     """
-    _box_pairs(boxes1, boxes2, "boxes1 and boxes2")
+    _check("generalized_box_iou_loss", boxes1=(boxes1, (..., 4)), boxes2=(boxes2, (..., 4)))
     return reduced(regression.giou_loss, boxes1, boxes2, reduction=reduction, eps=eps)
 
 
@@ -201,7 +237,7 @@ def distance_box_iou_loss(
 
     Shapes: as `generalized_box_iou_loss`.
     """
-    _box_pairs(boxes1, boxes2, "boxes1 and boxes2")
+    _check("distance_box_iou_loss", boxes1=(boxes1, (..., 4)), boxes2=(boxes2, (..., 4)))
     return reduced(regression.diou_loss, boxes1, boxes2, reduction=reduction, eps=eps)
 
 
@@ -224,7 +260,7 @@ def complete_box_iou_loss(
 
     Shapes: as `generalized_box_iou_loss`.
     """
-    _box_pairs(boxes1, boxes2, "boxes1 and boxes2")
+    _check("complete_box_iou_loss", boxes1=(boxes1, (..., 4)), boxes2=(boxes2, (..., 4)))
     return reduced(
         regression.ciou_loss,
         *(boxes1, boxes2),
@@ -238,7 +274,7 @@ def l1_loss(
     pred: Tensor, target: Tensor, weight: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
     """|pred - target| of each entry. Shapes: pred, target, weight (or None): any, the same."""
-    _same_shape(pred, target, "pred and target")
+    _check("l1_loss", pred=(pred, (...,)), target=(target, (...,)), weight=(weight, (...,)))
     return reduced(
         regression.l1,
         *(pred.unsqueeze(-1), target.unsqueeze(-1)),
@@ -264,7 +300,7 @@ def smooth_l1_loss(
     Shapes:
         pred, target, weight (or None): any, the same.
     """
-    _same_shape(pred, target, "pred and target")
+    _check("smooth_l1_loss", pred=(pred, (...,)), target=(target, (...,)), weight=(weight, (...,)))
     if not beta > 0:
         raise ValueError(f"beta must be positive, got {beta}")
     return reduced(

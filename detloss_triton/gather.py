@@ -13,6 +13,11 @@ from .memory import take
 from .opaque import opaque
 
 
+def count_of(mask: Tensor) -> int | None:
+    """How many entries of a mask are set, where a CPU may look."""
+    return int(np.count_nonzero(mask.numpy())) if backend.is_eager_cpu(mask.device) else None
+
+
 def first_set(mask: Tensor, n: int) -> tuple[Tensor, Tensor | None]:
     """Indices (n,) of the first n set entries of a 1-d mask, and whether there are that many.
 

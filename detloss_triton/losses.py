@@ -4,7 +4,12 @@ Leading dimensions are free: (N, C) as in OTX, or (batch, anchors, C) views that
 `forward(..., weight, avg_factor, reduction_override)` is common to them: losses times weight, then
 their mean, sum, or with avg_factor their sum / (avg_factor + 2^-23), then times `loss_weight`.
 A box whose weight is 0 adds exactly nothing, whatever it holds. As in OTX, further keyword
-arguments are ignored.
+arguments are ignored. Gradients flow to predictions only: targets, weights and avg_factor that
+require one are detached.
+
+Raised before anything is computed: TypeError for what is no tensor, ValueError for an unknown
+reduction, shapes or devices that disagree, labels that are not integers, an avg_factor of several
+numbers or with "sum".
 """
 
 from __future__ import annotations
@@ -17,9 +22,9 @@ from torch import Tensor, nn
 
 from .boxes import ltrb
 from .entries import factor, none_negative
-from .gather import first_set
+from .gather import count_of, first_set
 from .ops import classification, distribution, regression
-from .precision import arithmetic_dtype, at_least_float32
+from .precision import arithmetic_dtype, as_indices, at_least_float32
 from .reduction import EPS32, check_reduction, reduced
 
 if TYPE_CHECKING:
@@ -43,9 +48,51 @@ class Loss(nn.Module):
     def extra_repr(self) -> str:
         return f"reduction={self.reduction!r}, loss_weight={self.loss_weight}"
 
-    def _reduced(self, *args: Any, override: str | None, **kwargs: Any) -> Tensor:
+    def _reduced(
+        self,
+        op: Any,
+        pred: Tensor,
+        *constants: Tensor | None,
+        override: str | None,
+        weight: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         reduction = self.reduction if override is None else override
-        return reduced(*args, reduction=reduction, scale=self.loss_weight, **kwargs)
+        return reduced(
+            *(op, pred, *map(_detached, constants)),
+            weight=_detached(weight),
+            reduction=reduction,
+            scale=self.loss_weight,
+            **kwargs,
+        )
+
+    def _check(self, pred: Any, rows: Sequence[int] | None = None, **others: Any) -> None:
+        """Raise unless the others are tensors on pred's device, with its rows if they are given."""
+        place = type(self).__name__
+        for name, x in others.items():
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{place}: {name} must be a tensor, got {type(x).__name__}")
+            if rows is not None and x.shape != tuple(rows):
+                raise ValueError(
+                    f"{place}: {name} must have shape {tuple(rows)}, got {tuple(x.shape)}"
+                )
+            if x.device != pred.device and x.numel() > 0:
+                raise ValueError(
+                    f"{place}: {name} must be on {pred.device} as the predictions are, "
+                    f"got {x.device}"
+                )
+
+    def _labels(self, name: str, labels: Tensor) -> Tensor:
+        """Labels as integers wide enough for any number of classes."""
+        if (labels.is_floating_point() or labels.is_complex()) and labels.numel() > 0:
+            raise ValueError(
+                f"{type(self).__name__}: {name} must hold integers, got {labels.dtype}"
+            )
+        return as_indices(labels)
+
+
+def _detached(x: Tensor | None) -> Tensor | None:
+    return x.detach() if x is not None and x.requires_grad else x
 
 
 class CrossEntropyLoss(Loss):
@@ -54,7 +101,7 @@ class CrossEntropyLoss(Loss):
     Args:
         use_sigmoid: see above.
         use_mask: for mask losses, which this library does not have: must be False.
-        class_weight: (C,) factors of a row by its label; with sigmoid, of the positive part.
+        class_weight: C factors of a row by its label; with sigmoid, of the positive part.
         avg_non_ignore: without avg_factor, a mean is over what is not ignored.
     """
 
@@ -97,16 +144,24 @@ class CrossEntropyLoss(Loss):
             label: (...,) class indices, C or beyond for background (sigmoid); or, with
                 `use_sigmoid`, (..., C) soft targets in [0, 1]. Negative labels and targets, and
                 those equal to `ignore_index`, weigh 0.
-            weight: (...,), or with `use_sigmoid` also the scores' shape.
+            weight: (...,), or with `use_sigmoid` also (..., 1) or the scores' shape.
         """
+        rows, entries = cls_score.shape[:-1], cls_score.shape
+        dense = self.use_sigmoid and isinstance(label, Tensor) and label.dim() == len(entries)
+        self._check(cls_score, entries if dense else rows, label=label)
+        if not dense:
+            label = self._labels("label", label)
+        if weight is not None:
+            of_entries = self.use_sigmoid and weight.shape in (entries, (*rows, 1))
+            self._check(cls_score, None if of_entries else rows, weight=weight)
         if self.use_sigmoid:
             return self._sigmoid(
                 cls_score, label, weight, avg_factor, reduction_override, ignore_index
             )
         kept = _kept(label, ignore_index)
         if self.class_weight is not None:
-            by_class = self._weights_for(cls_score)
-            of_label = by_class[label.clamp(0, len(by_class) - 1)]
+            # Whatever class stands in for a label that is none, its row costs 0.
+            of_label = self._weights_for(cls_score)[label.clamp(0, entries[-1] - 1)]
             weight = of_label if weight is None else weight * of_label
         return self._reduced(
             distribution.two_bin,
@@ -117,7 +172,14 @@ class CrossEntropyLoss(Loss):
         )
 
     def _weights_for(self, scores: Tensor) -> Tensor:
-        assert self._class_weight is not None
+        assert self._class_weight is not None and self.class_weight is not None
+        if self._class_weight.shape != scores.shape[-1:]:
+            raise ValueError(
+                f"{type(self).__name__}: class_weight must hold a factor for each of "
+                f"{scores.shape[-1]} scores, got {tuple(self._class_weight.shape)}"
+            )
+        if scores.dtype == torch.float64:
+            return torch.as_tensor(self.class_weight, dtype=torch.float64, device=scores.device)
         return self._class_weight.to(scores.device)
 
     def _divisor(
@@ -156,13 +218,13 @@ class CrossEntropyLoss(Loss):
                 override=override,
             )
         if dense:
-            target = label.to(arithmetic_dtype(score))
+            target = label.detach()
         else:
             classes = torch.arange(score.shape[-1], device=score.device)
             target = (label.unsqueeze(-1) == classes).to(torch.float32)
         kept, weight = (
             x if x is None else (x.unsqueeze(-1) if x.dim() < score.dim() else x).expand_as(score)
-            for x in (kept, weight)
+            for x in (kept, _detached(weight))
         )
         weight = _product(weight, kept)
         rest: dict[str, Any] = {
@@ -233,19 +295,28 @@ class CrossSigmoidFocalLoss(Loss):
         """Loss of logits against labels. With avg_factor and "mean" it is sum / avg_factor, no eps.
 
         Shapes:
-            pred: (..., C) logits. targets: (...,) in [0, C], C is background. weight: (...,).
-            valid_label_mask: (..., C), factor of each entry. Returns (..., C) for "none".
+            pred: (..., C) logits. targets: (...,) in [0, C], C is background. weight: (...,), or
+            with "none" (..., C). valid_label_mask: (..., C) or (..., 1), factor of each entry.
+            Returns (..., C) for "none".
         """
         reduction = self.reduction if reduction_override is None else reduction_override
         check_reduction(reduction)
+        rows = pred.shape[:-1]
+        self._check(pred, rows, targets=targets)
+        targets = self._labels("targets", targets)
+        if weight is not None:
+            by_entry = reduction == "none" and weight.shape == pred.shape
+            self._check(pred, None if by_entry else rows, weight=weight)
         if valid_label_mask is not None:
+            by_row = valid_label_mask.shape == (*rows, 1)
+            self._check(pred, None if by_row else pred.shape, valid_label_mask=valid_label_mask)
             valid_label_mask = valid_label_mask.expand(pred.shape)
         rest: dict[str, Any] = {"alpha": self.alpha, "gamma": self.gamma}
         if reduction == "none":
             classes = torch.arange(pred.shape[-1], device=pred.device)
             one_hot = (targets.unsqueeze(-1) == classes).to(torch.float32)
             if weight is not None:
-                weight = weight.unsqueeze(-1).expand(pred.shape)
+                weight = (weight if by_entry else weight.unsqueeze(-1)).expand(pred.shape)
             if valid_label_mask is not None:
                 weight = valid_label_mask if weight is None else weight * valid_label_mask
             inputs = (pred.unsqueeze(-1), None, one_hot, None)
@@ -303,6 +374,8 @@ class QualityFocalLoss(Loss):
             target: (label (...,), score (...,)), a label outside [0, C) is background; or (..., C).
             weight: (...,). Returns (...,) for "none".
         """
+        if weight is not None:
+            self._check(pred, pred.shape[:-1], weight=weight)
         if self.activated:
             pred = _logit(pred)
         rest: dict[str, Any] = {
@@ -315,14 +388,15 @@ class QualityFocalLoss(Loss):
             if len(target) != 2:
                 raise ValueError(f"target must be (label, score), got {len(target)} entries")
             label, score = target
-            return self._reduced(
-                classification.quality_focal, pred, label, score.detach(), None, **rest
-            )
+            self._check(pred, pred.shape[:-1], label=label, score=score)
+            label = self._labels("label", label)
+            return self._reduced(classification.quality_focal, pred, label, score, None, **rest)
+        self._check(pred, pred.shape, target=target)
         if weight is not None:
             rest["weight"] = weight.unsqueeze(-1).expand(pred.shape)
         losses = self._reduced(
             classification.quality_focal,
-            *(pred.unsqueeze(-1), None, target.detach(), None),
+            *(pred.unsqueeze(-1), None, target, None),
             count=pred.shape[:-1].numel(),
             **rest,
         )
@@ -348,16 +422,18 @@ class _BoxLoss(Loss):
         override: str | None,
         **params: Any,
     ) -> Tensor:
-        if pred.shape != target.shape or pred.shape[-1:] != (4,):
+        if pred.shape[-1:] != (4,):
             raise ValueError(
-                "pred and target must both be (..., 4) boxes xyxy, got "
-                f"{tuple(pred.shape)} and {tuple(target.shape)}"
+                f"{type(self).__name__}: pred must have shape (..., 4), got {tuple(pred.shape)}"
             )
-        if weight is not None and weight.dim() == pred.dim():
-            weight = weight.mean(-1)
+        self._check(pred, pred.shape, target=target)
+        if weight is not None:
+            of_sides = weight.shape == pred.shape
+            self._check(pred, None if of_sides else pred.shape[:-1], weight=weight)
+            weight = at_least_float32(weight).mean(-1) if of_sides else weight
         return self._reduced(
             op,
-            *(pred, target.detach()),
+            *(pred, target),
             weight=weight,
             avg_factor=avg_factor,
             override=override,
@@ -452,16 +528,14 @@ class L1Loss(Loss):
         Shapes:
             pred, target: any, the same. weight: the same, or without the last dimension.
         """
-        if pred.shape != target.shape:
-            raise ValueError(
-                "pred and target must have one shape, got "
-                f"{tuple(pred.shape)} and {tuple(target.shape)}"
-            )
-        if weight is not None and weight.dim() == pred.dim() - 1:
-            weight = weight.unsqueeze(-1).expand(pred.shape)
+        self._check(pred, pred.shape, target=target)
+        if weight is not None:
+            by_row = weight.shape == pred.shape[:-1]
+            self._check(pred, None if by_row else pred.shape, weight=weight)
+            weight = weight.unsqueeze(-1).expand(pred.shape) if by_row else weight
         return self._reduced(
             regression.l1,
-            *(pred.unsqueeze(-1), target.detach().unsqueeze(-1)),
+            *(pred.unsqueeze(-1), target.unsqueeze(-1)),
             weight=weight,
             avg_factor=avg_factor,
             override=reduction_override,
@@ -477,8 +551,22 @@ class BCELoss(nn.Module):
         return classification.binary_cross_entropy(*inputs) / cls_norm
 
 
-def _of_found(found: Tensor | None, box_norm: Tensor) -> Tensor:
-    return box_norm.detach() if found is None else torch.where(found, box_norm.detach(), 0)
+def _matched(module: nn.Module, valid_masks: Tensor, box_norm: Tensor) -> tuple[Tensor, Tensor]:
+    """(indices, weights) of the anchors that are matched, as many as box_norm has rows.
+
+    Raises:
+        ValueError: where a CPU sees that another number is matched.
+    """
+    mask = valid_masks.flatten()
+    n_set = count_of(mask)
+    if n_set not in (None, len(box_norm)):
+        raise ValueError(
+            f"{type(module).__name__}: valid_masks must have as many entries set as box_norm has "
+            f"rows, {len(box_norm)}, got {n_set}"
+        )
+    index, found = first_set(mask, len(box_norm))
+    weight = box_norm.detach()
+    return index, weight if found is None else torch.where(found, weight, 0)
 
 
 class BoxLoss(nn.Module):
@@ -498,12 +586,12 @@ class BoxLoss(nn.Module):
             predicts_bbox, targets_bbox (B, A, 4) xyxy; valid_masks (B, A) with P entries set;
             box_norm (P,) scores of these, in order; cls_norm ().
         """
-        index, found = first_set(valid_masks.flatten(), len(box_norm))
+        index, weight = _matched(self, valid_masks, box_norm)
         return (
             regression.ciou_loss(
                 predicts_bbox.reshape(-1, 4).index_select(0, index),
                 targets_bbox.detach().reshape(-1, 4).index_select(0, index),
-                weight=_of_found(found, box_norm),
+                weight=weight,
                 eps=regression.YOLOV9_EPS,
                 alpha_grad=True,
             )
@@ -540,12 +628,12 @@ class DFLoss(nn.Module):
         """
         grid = self.vec2box.anchor_grid.to(arithmetic_dtype(targets_bbox))
         centre = grid / self.vec2box.scaler.unsqueeze(-1)
-        index, found = first_set(valid_masks.flatten(), len(box_norm))
+        index, weight = _matched(self, valid_masks, box_norm)
         distances = ltrb(centre.expand(len(targets_bbox), -1, -1), targets_bbox.detach())
         left, right_weight = distribution.two_bins(
             distances.reshape(-1, 4).index_select(0, index), self.reg_max
         )
-        weight = _of_found(found, box_norm) / 4
+        weight = weight / 4
         return (
             distribution.two_bin(
                 predicts_anc.reshape(-1, *predicts_anc.shape[2:]).index_select(0, index),

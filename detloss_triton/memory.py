@@ -47,7 +47,7 @@ def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) 
     """`like.new_empty(shape, dtype=dtype)`."""
     dtype = dtype or like.dtype
     n_bytes = math.prod(shape) * dtype.itemsize
-    if not _pays(n_bytes, like.device):
+    if not _pays(n_bytes, like):
         return like.new_empty(shape, dtype=dtype)
     return _mapped(n_bytes).view(dtype).view(shape)
 
@@ -55,7 +55,7 @@ def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) 
 def empty_like(x: Tensor) -> Tensor:
     """`torch.empty_like(x)`, in the layout of x."""
     n_bytes = x.numel() * x.element_size()
-    if not _pays(n_bytes, x.device):
+    if not _pays(n_bytes, x):
         return torch.empty_like(x)
     strides = torch.empty_like(x, device="meta").stride()
     return _mapped(n_bytes).view(x.dtype).as_strided(x.shape, strides)
@@ -109,7 +109,7 @@ def take(x: Tensor, dim: int, index: Tensor) -> Tensor:
 
     Its gradient is added to zeros; torch's to a copy of them, which is one pass more.
     """
-    if not backend.is_cached_by_cpu(x.device):
+    if not backend.is_cached_by_cpu(x.device) or backend.is_transformed():
         return _taken(x, dim, index)
     if dim == 0 and index.dim() == 1 and _is_small(x):
         # A Function in Python would cost more than it saves.
@@ -146,7 +146,7 @@ class _Forked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dx: Tensor, dsome: Tensor) -> tuple[Tensor, None, None]:
         start, stop = ctx.bounds
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or backend.is_transformed(dx):
             return dx.index_add(0, torch.arange(start, stop, device=dx.device), dsome), None, None
         out = empty_like(dx)
         out[:start], out[stop:] = dx[:start], dx[stop:]
@@ -168,6 +168,10 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
         (index,) = ctx.saved_tensors
+        if backend.is_transformed(dout):
+            out = dout.new_zeros(ctx.shape)
+            add = torch.index_add if index.dim() == 1 else torch.scatter_add
+            return add(out, ctx.dim, index, dout), None, None
         return _untake(dout, ctx.shape, ctx.dim, index), None, None
 
 
@@ -189,7 +193,7 @@ def _untake(x: Tensor, shape: list[int], dim: int, index: Tensor) -> Tensor:
 
 def _zeroed(x: Tensor) -> Tensor:
     n_bytes = x.numel() * x.element_size()
-    if not _pays(n_bytes, x.device) or torch.get_num_threads() > _FEW_THREADS:
+    if not _pays(n_bytes, x) or torch.get_num_threads() > _FEW_THREADS:
         return x.zero_()
     ctypes.memset(x.data_ptr(), 0, n_bytes)
     return x
@@ -200,8 +204,10 @@ def _is_small(x: Tensor) -> bool:
     return backend.is_eager_cpu(x.device) and x.numel() * x.element_size() < _LARGE
 
 
-def _pays(n_bytes: int, device: torch.device) -> bool:
-    return backend.is_eager_cpu(device) and _LARGE <= n_bytes <= _HUGE
+def _pays(n_bytes: int, like: Tensor) -> bool:
+    if not _LARGE <= n_bytes <= _HUGE or backend.is_transformed(like):
+        return False
+    return backend.is_eager_cpu(like.device)
 
 
 def _mapped(n_bytes: int) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import backend, blocks, entries, launch, traced
 from .blocks import Part
+from .precision import arithmetic_dtype, as_indices, as_values
 
 REGISTRY: dict[str, Op] = {}
 
@@ -35,12 +36,16 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, tor
 
 @dataclass(frozen=True)
 class Input:
-    """One tensor argument of an op: rows, then `features` further dimensions (0 or 1)."""
+    """One tensor argument of an op: rows, then `features` further dimensions (0 or 1).
+
+    Its entries are values to compute with, of whatever type, or with `index` integers.
+    """
 
     name: str
     features: int = 0
     grad: bool = False
     optional: bool = False
+    index: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,9 +117,10 @@ class RowOp(Op):
     graph that of all the rows kept few will be asked for their gradient; not with parameters.
 
     Shapes:
-        inputs: (*rows, features) or (*rows,), any strides, any float dtype; None where optional.
-        weight: (*rows,), factor of each row's loss or values. With `skip`, a row of weight 0
-            contributes exactly nothing to losses and gradients, whatever it holds.
+        inputs: (*rows, features) or (*rows,), any strides, any dtype of real numbers; None where
+            optional.
+        weight: (*rows,), as these; factor of each row's loss or values. With `skip`, a row of
+            weight 0 contributes exactly nothing to losses and gradients, whatever it holds.
         returns: (*rows[:keep],), float32 (float64 for float64 inputs): the weighted losses summed
             over the remaining row dimensions. `keep = number of row dimensions` sums nothing.
             A row map returns (*rows, values).
@@ -152,22 +158,28 @@ class RowOp(Op):
         **params: Any,
     ) -> Tensor:
         rows = self._check(inputs, weight, keep)
+        inputs = tuple(
+            None if x is None else as_indices(x) if spec.index else as_values(x)
+            for x, spec in zip(inputs, self.inputs, strict=True)
+        )
+        weight = None if weight is None else as_values(weight)
         keep = len(rows) if self.values else keep
         if few and (params or keep < len(rows)):
             raise ValueError(f"{self.name}: few needs all rows kept, and an op without parameters")
         call = Call(self, tuple(sorted(params.items())), keep, rows, few)
-        differentiable = [
-            x for x, spec in zip(inputs, self.inputs, strict=True) if spec.grad and x is not None
-        ]
-        chosen = self._backend(differentiable[0], [x.dtype for x in differentiable], inputs)
-        by_cpu = backend.is_cached_by_cpu(differentiable[0].device)
+        first = inputs[0]
+        assert first is not None
+        chosen = self._backend(first, [x.dtype for x in inputs if x is not None], inputs)
+        by_cpu = backend.is_cached_by_cpu(first.device)
         if chosen == "torch" and torch.compiler.is_compiling() and by_cpu:
             return traced.evaluate(call, weight, inputs)
-        if chosen == "torch" and not blocks.pays(call, weight, inputs):
+        if backend.is_transformed() or (
+            chosen == "torch" and not blocks.pays(call, weight, inputs)
+        ):
             return call.whole(weight, *inputs)
         if chosen == "torch":
             weight = entries.factor(weight)
-        if not (torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)):
+        if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
             # Cheaper; and where nothing requires a gradient Dynamo misreads a Function's arguments.
             out, _ = _MODULES[chosen].forward(call, weight, inputs, [False] * len(inputs))
             return out
@@ -197,6 +209,9 @@ class RowOp(Op):
                     f"{self.name}: {spec.name} has rows {tuple(here)}, expected {tuple(rows)} "
                     f"as in {self.inputs[0].name}"
                 )
+            if x.is_complex() or (spec.index and x.is_floating_point() and x.numel() > 0):
+                expected = "integers" if spec.index else "real numbers"
+                raise ValueError(f"{self.name}: {spec.name} must hold {expected}, got {x.dtype}")
             if x.requires_grad and not spec.grad:
                 raise ValueError(
                     f"{self.name}: no gradient is defined for {spec.name}; detach it first"
@@ -250,13 +265,16 @@ class Call:
         if weight is not None and skip and blank:
             used = weight != 0
             inputs = tuple(
-                torch.where(used.unsqueeze(-1) if spec.features else used, x, 0)
-                if x is not None and x.is_floating_point()
-                else x
+                x
+                if x is None or spec.index
+                else torch.where(used.unsqueeze(-1) if spec.features else used, x, 0)
                 for spec, x in zip(self.op.inputs, inputs, strict=True)
             )
         losses = self.op.reference(
-            *(x.to(dtype) if x is not None and x.is_floating_point() else x for x in inputs),
+            *(
+                x if x is None or spec.index else x.to(dtype)
+                for spec, x in zip(self.op.inputs, inputs, strict=True)
+            ),
             **dict(self.params),
         )
         if torch.compiler.is_compiling() and losses.dim() > len(self.rows) and not self.op.values:
@@ -286,9 +304,8 @@ class Call:
         return losses.flatten(self.keep).sum(-1) if self.keep else losses.sum()
 
     def dtype(self, inputs: tuple[Tensor | None, ...]) -> torch.dtype:
-        """float64 where an input is float64, else float32: half precision is for storage only."""
-        has_double = any(x is not None and x.dtype == torch.float64 for x in inputs)
-        return torch.float64 if has_double else torch.float32
+        """What the losses are computed in."""
+        return arithmetic_dtype(*inputs)
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -300,7 +317,8 @@ _MODULES: dict[str, Any] = {"triton": launch, "torch": blocks}
 
 class _Rows(torch.autograd.Function):
     """Saves the inputs, and the gradients where forward found them: the first backward takes those,
-    and a second one finds them anew. One that is to be differentiated is autograd's.
+    and a second one finds them anew. One that is to be differentiated, or is over a batch of
+    upstream gradients, is autograd's.
     """
 
     @staticmethod
@@ -317,10 +335,12 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if again or backend.is_transformed(dout):
             leaves = [x for x, want in zip(inputs, wanted, strict=True) if want]
-            out = ctx.call.whole(weight, *inputs)
-            found = iter(torch.autograd.grad(out, leaves, dout, create_graph=True))
+            with torch.enable_grad():
+                out = ctx.call.whole(weight, *inputs)
+            found = iter(torch.autograd.grad(out, leaves, dout, create_graph=again))
             return None, None, None, *(next(found) if want else None for want in wanted)
         ready, ctx.ready = ctx.ready, None
         gradients = _MODULES[ctx.chosen].backward(

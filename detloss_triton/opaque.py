@@ -1,4 +1,4 @@
-"""Functions that a compiled graph calls as operators, and does not look into."""
+"""Functions that a graph or a transform calls as operators, and does not look into."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+
+from . import backend
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -26,7 +28,8 @@ def opaque(signature: str, fake: Callable[..., Any]) -> Callable[[_Function], _F
 
         @functools.wraps(function)
         def call(*args: Any) -> Any:
-            return operator(*args) if torch.compiler.is_compiling() else function(*args)
+            outside = torch.compiler.is_compiling() or backend.is_transformed()
+            return operator(*args) if outside else function(*args)
 
         return call  # type: ignore[return-value]
 

@@ -1,15 +1,34 @@
-"""What arithmetic is done in: half precision is for storage only."""
+"""What arithmetic is done in: half precision, integers and masks are for storage only."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+# What kernels load and references convert as it is stored; torch computes with no other types.
+_READABLE = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+)
 
-def arithmetic_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64, float32 for all else: sums and quotients of halves are too coarse."""
-    return torch.promote_types(x.dtype, torch.float32)
+
+def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 where a tensor is, else float32: sums and quotients of halves are too coarse."""
+    has_double = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if has_double else torch.float32
 
 
 def at_least_float32(x: Tensor) -> Tensor:
     return x.to(arithmetic_dtype(x))
+
+
+def as_values(x: Tensor) -> Tensor:
+    """x as it is stored where an op can read that, which then computes in floating point; else,
+    as eight-bit floats, in float32.
+    """
+    return x if x.dtype in _READABLE else x.to(torch.float32)
+
+
+def as_indices(x: Tensor) -> Tensor:
+    """Labels as integers that no number of classes wraps: torch compares uint8 with 300 as 44."""
+    return x if x.dtype in (torch.int32, torch.int64) else x.to(torch.int64)

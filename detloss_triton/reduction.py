@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .backend import is_eager_cpu
+from .backend import is_eager_cpu, is_transformed
 from .op import RowOp
-from .precision import at_least_float32
+from .precision import arithmetic_dtype, at_least_float32
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -40,12 +41,16 @@ def reduced(
     A mean is over the losses, weighted or not: the rows, unless `count` says how many there are.
 
     Raises:
-        ValueError: for an unknown reduction, or an avg_factor with "sum".
+        TypeError: for an avg_factor that is neither number nor tensor.
+        ValueError: for an unknown reduction, an avg_factor of several numbers, or one with "sum".
     """
     check_reduction(reduction)
     first = inputs[0]
     assert first is not None
     rows = first.shape[:-1]
+    dtype = arithmetic_dtype(*inputs)
+    if avg_factor is not None:
+        avg_factor = as_divisor("avg_factor", avg_factor, dtype)
     if reduction == "none":
         return scaled(op(*inputs, weight=weight, keep=len(rows), **params), scale)
     if avg_factor is None:
@@ -55,9 +60,9 @@ def reduced(
         raise ValueError("avg_factor cannot be used with reduction='sum'")
     else:
         divisor = avg_factor + avg_eps
-    if weight is not None and _may_be_scaled(weight, divisor):
+    if weight is not None and _may_be_scaled(weight):
         # The gradients that a CPU finds in forward are then right as they are.
-        weight = scaled(at_least_float32(weight), scale)
+        weight = scaled(weight.to(dtype), scale)
         return op(*inputs, weight=weight / divisor, **params)
     total = op(*inputs, weight=weight, **params)
     if isinstance(divisor, Tensor) or divisor == 0:
@@ -65,10 +70,33 @@ def reduced(
     return scaled(total, scale / divisor)
 
 
-def _may_be_scaled(weight: Tensor, divisor: float | Tensor) -> bool:
+def _may_be_scaled(weight: Tensor) -> bool:
     """Whether the losses' weights can take a factor as well as their sum: not of broadcast ones."""
-    differentiated = isinstance(divisor, Tensor) and divisor.requires_grad
-    return is_eager_cpu(weight.device) and 0 not in weight.stride() and not differentiated
+    return is_eager_cpu(weight.device) and 0 not in weight.stride()
+
+
+def as_divisor(name: str, given: Any, dtype: torch.dtype) -> float | Tensor:
+    """A number to divide losses of a dtype by, checked; a tensor is detached and as exact as they.
+
+    Raises:
+        TypeError: for what is neither number nor tensor.
+        ValueError: for a tensor of several numbers, or of none.
+    """
+    if not isinstance(given, Tensor):
+        # numpy's numbers are real numbers too.
+        number: Any = isinstance(given, Real) and not isinstance(given, bool)
+        if not number:
+            raise TypeError(f"{name} must be a number or a tensor, got {given!r}")
+        return given  # type: ignore[no-any-return]
+    if given.numel() != 1 or given.is_complex():
+        raise ValueError(
+            f"{name} must be one real number, got {given.dtype} of shape {tuple(given.shape)}"
+        )
+    given = given.detach()
+    # An integer is divided by as it is: one launch less.
+    if dtype != torch.float64 and not given.is_floating_point():
+        return given
+    return given.to(dtype) if dtype == torch.float64 else at_least_float32(given)
 
 
 def scaled(loss: Tensor, scale: float) -> Tensor:
@@ -76,8 +104,12 @@ def scaled(loss: Tensor, scale: float) -> Tensor:
 
 
 def rank_means(*sums: Tensor) -> list[Tensor]:
-    """The mean over ranks of each 0-dim tensor, in one collective; on one process as it is."""
-    stacked = torch.stack([s.detach().to(torch.float32) for s in sums])
+    """The mean over ranks of each 0-dim tensor, in one collective; on one process as it is.
+
+    In float64 where one of them is, else in float32.
+    """
+    dtype = arithmetic_dtype(*sums)
+    stacked = torch.stack([s.detach().to(dtype) for s in sums])
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(stacked)
         stacked = stacked / dist.get_world_size()
@@ -115,8 +147,8 @@ def unbound(x: Tensor) -> list[Tensor]:
     They take over the memory of x, which nothing else may use any more, so pass a result that was
     made for this: of `value * factor`, autograd keeps `value`. Backward is one stack.
     """
-    if torch.compiler.is_compiling():
-        # What a compiled graph returns is no view to autograd.
+    if torch.compiler.is_compiling() or is_transformed():
+        # What a compiled graph returns is no view to autograd; `torch.func` takes no such Function.
         return list(x.unbind())
     entries: tuple[Tensor, ...] = _Unbound.apply(x)
     return list(entries)

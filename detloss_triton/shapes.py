@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from types import EllipsisType
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
+# Sizes, or names of sizes; `...` in front stands for any number of leading dimensions.
+Dimensions: TypeAlias = "tuple[str | int | EllipsisType, ...]"
 
-def check_shapes(place: str, /, **arguments: tuple[Any, tuple[str | int, ...]]) -> None:
+
+def check_shapes(place: str, /, **arguments: tuple[Any, Dimensions]) -> None:
     """Raise unless every argument is a tensor of the shape that stands beside it, on one device.
 
         check_shapes("SSDCriterion", labels=(labels, ("N", "A")), bbox_pred=(boxes, ("N", "A", 4)))
@@ -24,19 +28,23 @@ def check_shapes(place: str, /, **arguments: tuple[Any, tuple[str | int, ...]]) 
         ValueError: for another shape, or device than the first's; all name the argument, what came
             and what was expected.
     """
-    sizes: dict[str, int] = {}
+    sizes: dict[Any, Any] = {}
     first: tuple[str, Tensor] | None = None
     for name, (x, dimensions) in arguments.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{place}: {name} must be a tensor, got {type(x).__name__}")
         n_known = len(sizes)
         shape = x.shape
+        found: tuple[Any, ...] = shape
+        if dimensions and dimensions[0] is ...:
+            n_leading = max(len(shape) - len(dimensions) + 1, 0)
+            found = (shape[:n_leading], *shape[n_leading:])
         expected = [
-            sizes.setdefault(dimension, size) if isinstance(dimension, str) else dimension
-            for dimension, size in zip(dimensions, shape, strict=False)
+            dimension if isinstance(dimension, int) else sizes.setdefault(dimension, size)
+            for dimension, size in zip(dimensions, found, strict=False)
         ]
-        if len(shape) != len(dimensions) or any(
-            size != wanted for size, wanted in zip(shape, expected, strict=True)
+        if len(found) != len(dimensions) or any(
+            size != wanted for size, wanted in zip(found, expected, strict=True)
         ):
             known = dict(itertools.islice(sizes.items(), n_known))
             raise ValueError(
@@ -51,8 +59,12 @@ def check_shapes(place: str, /, **arguments: tuple[Any, tuple[str | int, ...]]) 
             )
 
 
-def _of(dimensions: tuple[str | int, ...], sizes: dict[str, int]) -> str:
+def _of(dimensions: Dimensions, sizes: dict[Any, Any]) -> str:
     """The shape in words: names of sizes, and where they are known the sizes."""
-    names = ", ".join(map(str, dimensions))
-    numbers = ", ".join(str(sizes.get(d, d) if isinstance(d, str) else d) for d in dimensions)
+    names = ", ".join("..." if d is ... else str(d) for d in dimensions)
+    known: list[Any] = []
+    for dimension in dimensions:
+        size = sizes.get(dimension, "..." if dimension is ... else dimension)
+        known += size if isinstance(size, tuple) else [size]
+    numbers = ", ".join(map(str, known))
     return f"shape ({names})" + ("" if names == numbers else f" = ({numbers})")

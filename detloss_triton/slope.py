@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import backend
+
 
 def with_slope(value: Tensor, slope: Tensor, x: Tensor) -> Tensor:
     """`value`, with `slope` as its derivative by x, once. Neither may require a gradient itself.
@@ -14,9 +16,9 @@ def with_slope(value: Tensor, slope: Tensor, x: Tensor) -> Tensor:
     Shapes:
         slope: as x. value, and what is returned: as x, or without the last dimension, summed.
     """
-    if torch.compiler.is_compiling():
-        # `torch.func.vjp`, which the graph calls, refuses such a Function outside of Dynamo. The
-        # term added here is 0 and has the slope.
+    if torch.compiler.is_compiling() or backend.is_transformed():
+        # `torch.func`, which the graph calls too, refuses such a Function. The term added here is 0
+        # and has the slope.
         tangent = slope * (x - x.detach())
         return value + (tangent if value.dim() == x.dim() else tangent.sum(-1))
     out: Tensor = _WithSlope.apply(x, value, slope)

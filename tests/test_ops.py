@@ -966,4 +966,8 @@ def test_labels_of_any_integer(dtype: torch.dtype, backend: str) -> None:
 def test_tensors_of_several_devices_are_refused() -> None:
     elsewhere = torch.zeros(2, dtype=torch.int64, device="meta")
     with pytest.raises(ValueError, match="sigmoid_focal: all tensors must be on one device"):
+        REGISTRY["sigmoid_focal"](torch.zeros(2, 3), elsewhere, None, None, alpha=0.25, gamma=2.0)
+    with pytest.raises(
+        ValueError, match=r"CrossSigmoidFocalLoss: targets must be on cpu .* got meta"
+    ):
         dt.CrossSigmoidFocalLoss()(torch.zeros(2, 3), elsewhere)

@@ -139,9 +139,14 @@ def linear_sum_assignment(
         ValueError: for other shapes, dtypes or devices, or too large a problem for the kernel.
     """
     if cost.dim() not in (2, 3):
-        raise ValueError(f"cost must have shape (P, R, C) or (R, C), got {tuple(cost.shape)}")
+        raise ValueError(
+            f"linear_sum_assignment: cost must have shape (P, R, C) or (R, C), "
+            f"got {tuple(cost.shape)}"
+        )
     if not cost.is_floating_point():
-        raise ValueError(f"cost must be floating point, got {cost.dtype}")
+        raise ValueError(f"linear_sum_assignment: cost must be floating point, got {cost.dtype}")
+    if cost.dtype == torch.float64:
+        backend.refuse_double("linear_sum_assignment: cost", cost.device)
     problems = cost.shape[:-2]
     counts = []
     for name, count, size in zip(
@@ -151,13 +156,15 @@ def linear_sum_assignment(
             count = torch.full(problems, size, dtype=torch.int32, device=cost.device)
         if count.shape != problems:
             raise ValueError(
-                f"{name} must have shape {tuple(problems)} for a cost of shape "
-                f"{tuple(cost.shape)}, got {tuple(count.shape)}"
+                f"linear_sum_assignment: {name} must have shape {tuple(problems)} for a cost of "
+                f"shape {tuple(cost.shape)}, got {tuple(count.shape)}"
             )
         if count.is_floating_point() or count.is_complex() or count.dtype == torch.bool:
-            raise ValueError(f"{name} must hold integers, got {count.dtype}")
+            raise ValueError(f"linear_sum_assignment: {name} must hold integers, got {count.dtype}")
         if count.device != cost.device:
-            raise ValueError(f"{name} is on {count.device}, cost on {cost.device}")
+            raise ValueError(
+                f"linear_sum_assignment: {name} is on {count.device}, cost on {cost.device}"
+            )
         counts.append(count.reshape(-1))
     out: Tensor = optimal_assignment(cost if problems else cost.unsqueeze(0), *counts)
     return out.reshape(cost.shape[:-1])

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_triton.backend import kernels
+from detloss_triton.backend import is_transformed, kernels
 from detloss_triton.blocks import Part, everything
 from detloss_triton.entries import factor, where
 from detloss_triton.launch import TILE, Tile, power_of_2
@@ -25,7 +25,7 @@ from detloss_triton.slope import with_slope
 
 _INPUTS = (
     Input("logits", features=1, grad=True),
-    Input("label", optional=True),
+    Input("label", optional=True, index=True),
     Input("score", optional=True),
     Input("mask", features=1, optional=True),
 )
@@ -61,8 +61,9 @@ def _at_label(dense: Tensor, label: Tensor | None, score: Tensor | None) -> Tens
     n_classes = dense.shape[-1]
     label = label.unsqueeze(-1)
     value = dense.new_ones(()) if score is None else score.unsqueeze(-1)
-    if torch.compiler.is_compiling():
-        # Inductor fuses a comparison into its one loop; a scatter would be a loop of its own.
+    if torch.compiler.is_compiling() or is_transformed():
+        # Inductor fuses a comparison into its one loop; a scatter would be a loop of its own. And
+        # no transform has a rule for a scatter in place.
         return torch.where(label == torch.arange(n_classes, device=dense.device), value, dense)
     is_class = (label >= 0) & (label < n_classes)
     # Before 2.13 torch takes no other integers than int64 as an index.

@@ -16,6 +16,7 @@ from detloss_triton import backend
 from detloss_triton.backend import kernels
 from detloss_triton.launch import TILE, Tile, power_of_2
 from detloss_triton.op import Input, Sample, row_loss
+from detloss_triton.precision import at_least_float32
 from detloss_triton.slope import with_slope
 
 # A program holds whole rows; wider ones would spill.
@@ -27,7 +28,7 @@ BIN_MARGIN = 0.01
 
 def two_bins(distances: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     """(left bin, weight of the bin to its right) of distances clamped to [0, bins - 1.01]."""
-    distances = distances.clamp(0, bins - 1 - BIN_MARGIN)
+    distances = at_least_float32(distances).clamp(0, bins - 1 - BIN_MARGIN)
     left = distances.floor()
     return left.long(), distances - left
 
@@ -45,7 +46,7 @@ def _samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
 
 @row_loss(
     Input("logits", features=1, grad=True),
-    Input("left"),
+    Input("left", index=True),
     Input("weight_left", optional=True),
     Input("weight_right", optional=True),
     samples=_samples,

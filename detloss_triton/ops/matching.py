@@ -13,6 +13,7 @@ from detloss_triton.backend import kernels
 from detloss_triton.boxes import Columns, columns, overlap
 from detloss_triton.entries import where
 from detloss_triton.op import Sample, direct
+from detloss_triton.precision import arithmetic_dtype
 
 from .regression import YOLOV9_EPS, added_iou, centre_term, ciou, giou
 
@@ -55,7 +56,7 @@ def task_aligned(
         over all anchors (B, T), both float32.
     """
     n_images, n_targets, n_anchors = logits.shape
-    dtype = torch.float64 if boxes.dtype == torch.float64 else torch.float32
+    dtype = arithmetic_dtype(boxes, logits, targets)
     metric = memory.empty(logits.shape, logits, dtype)
     best = logits.new_zeros((n_images, n_targets), dtype=dtype)
     if n_anchors == 0:
@@ -198,7 +199,7 @@ def match_cost(
         labels (B, T), targets (B, T, 4) cxcywh; an impossible label costs what a logit of 0 does.
         Returns (P, T, Q), float32 (float64 for float64 inputs) whatever autocast says.
     """
-    dtype = torch.float64 if boxes.dtype == torch.float64 else torch.float32
+    dtype = arithmetic_dtype(logits, boxes, targets)
     n_problems, n_queries, n_classes = logits.shape
     n_images, n_targets = labels.shape
     cost = boxes.new_empty((n_problems, n_targets, n_queries), dtype=dtype)
