@@ -290,7 +290,37 @@ def readme() -> Any:
 @pytest.mark.parametrize("name", ["README.md", "bench/README.md"])
 def test_readmes_show_the_results_and_nothing_else(name: str) -> None:
     """Figures come from the reports alone: run `python bench/readme.py` after a new one."""
-    assert readme().written(ROOT, name) == (ROOT / name).read_text()
+    assert readme().written(ROOT, name) == (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_tables_made_by_hand(written: Path) -> None:
+    """What no run of the bench measures stands in a report with a word on how it was found."""
+    found = report.read(written / "bench.json") | {"rows": [], "method": "By hand."}
+    found["machine"]["device"] = "cuda"
+    table = {"kind": "op", "title": "Assignment", "how": "In ms.", "columns": ["of", "ours", "x"]}
+    found["tables"] = [table | {"rows": [["20 x 300", 0.124, None], ["300 x 20", 1076, 2.5]]}]
+    text = report.results([found])
+    assert text.endswith(
+        """By hand.
+
+Assignment. In ms.
+
+| of | ours | x |
+|---|---:|---:|
+| 20 x 300 | 0.124 | - |
+| 300 x 20 | 1076 | 2.5 |"""
+    )
+    assert "Assignment" not in report.results([found], ("criterion",))
+
+
+def test_every_table_made_by_hand_is_shown_and_says_how() -> None:
+    for path in ROOT.glob("bench/results/*/bench.json"):
+        found = report.read(path)
+        tables = found.get("tables", [])
+        assert ("method" in found) == bool(tables)
+        for table in tables:
+            assert table["how"] and table["kind"] in readme().KINDS["bench/README.md"]
+            assert {len(row) for row in table["rows"]} == {len(table["columns"])}
 
 
 def test_markdown_of_a_report(written: Path) -> None:

@@ -158,6 +158,25 @@ def markdown(report: Report, kind: str, passed: str = PASSES[1]) -> str:
     return "\n".join(lines)
 
 
+def by_hand(table: dict[str, Any]) -> str:
+    """A table of what `detloss bench` does not measure, below how it was measured; a dash for None.
+
+    In a report: `tables`, each with kind, title, how, columns and rows.
+    """
+
+    def line(cells: Iterable[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    def cell(value: str | float | None) -> str:
+        return "-" if value is None else value if isinstance(value, str) else f"{value:g}"
+
+    columns = zip(*table["rows"], strict=True)
+    sides = ["---" if all(isinstance(x, str) for x in column) else "---:" for column in columns]
+    head = [line(table["columns"]), f"|{'|'.join(sides)}|"]
+    body = [line(map(cell, row)) for row in table["rows"]]
+    return f"{table['title']}. {table['how']}\n\n" + "\n".join([*head, *body])
+
+
 NO_GPU = "No GPU figure exists yet: nothing here was measured on one."
 
 
@@ -166,11 +185,11 @@ def results(reports: Sequence[Report], kinds: Sequence[str] = ("criterion", "op"
     parts = []
     for report in reports:
         ours = EAGER if report["machine"]["device"] == "cpu" else TRITON
-        parts.append(
-            f"**{report['machine']['name']}**: {heading(report)}. Medians in ms; in brackets, how "
-            f"many times as long as {ours} takes."
-        )
-        parts += [markdown(report, kind) for kind in kinds]
+        ratios = f"Medians in ms; in brackets, how many times as long as {ours} takes."
+        how = report.get("method", ratios)
+        parts.append(f"**{report['machine']['name']}**: {heading(report)}. {how}")
+        parts += [markdown(report, kind) for kind in kinds if timed(report, kind)]
+        parts += [by_hand(table) for table in report.get("tables", ()) if table["kind"] in kinds]
         missing = [row for row in _absent(report) if row["kind"] in kinds]
         absent = sorted({f"- {row['provider']}: {row['absent']}" for row in missing})
         if absent:
