@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from detloss_triton import cli, selfcheck
 
@@ -327,9 +327,23 @@ def test_missing_files_are_refused(coco: Path, capsys: pytest.CaptureFixture[str
     Image.new("RGB", (8, 9)).save(image)
     assert "has 8x9 pixels, expected" in refuse(capsys, *arguments)
 
+    sideways = Image.Exif()
+    sideways[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (50, 80)).save(image, exif=sideways)
+    line = refuse(capsys, *arguments)
+    assert str(image) in line and "has 80x50 pixels when turned upright" in line
+    assert "expected 50x80" in line
+
     image.unlink()
     line = refuse(capsys, *arguments)
     assert "--images" in line and "'4.jpg'" in line
+
+    image.write_bytes(content)
+    for each in (coco / "images").iterdir():
+        # Headers are whole, so that this shows when pictures are looked at.
+        each.write_bytes(each.read_bytes()[:-200])
+    assert "--images: expected an image in" in refuse(capsys, *arguments)
+    assert not (coco / "out").exists()
 
     (coco / "coco.json").unlink()
     assert "--annotations" in refuse(capsys, *arguments)
