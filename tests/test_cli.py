@@ -16,9 +16,9 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from detloss_triton import cli, selfcheck
+from detloss_triton import backend, cli, selfcheck
 
-COMMAND = [sys.executable, "-m", "detloss_triton.cli"]
+COMMAND = [sys.executable, "-m", "detloss_triton"]
 # The least work that still goes through every part of a run.
 TINY = ["--device", "cpu", "--batch-size", "8", "--image-size", "64"]
 
@@ -93,6 +93,24 @@ def test_info_names_versions_and_backend(tmp_path: Path) -> None:
     assert torch.__version__ in result.stdout
     assert "detloss_triton" in result.stdout
     assert "cpu" in result.stdout
+
+
+def test_version_names_what_a_report_of_a_fault_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run("--version", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    versions = backend.versions()
+    assert result.stdout.splitlines() == [
+        f"{name} {version or 'cannot be imported'}" for name, version in versions.items()
+    ]
+    assert list(versions) == ["detloss_triton", "python", "torch", "triton"]
+
+    monkeypatch.setattr(backend, "_no_triton", "gone")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert "triton cannot be imported\n" in capsys.readouterr().out
 
 
 def test_check_reports_each_row_and_fails_on_a_failure(
