@@ -2,17 +2,21 @@
 
 `DETLOSS_BACKEND=auto|triton|torch` is read once, at import; another value is refused when a loss
 asks for its backend, so that the command line starts and can say so. `auto` takes Triton for
-tensors on a GPU where Triton imports, torch for all else. An explicit `triton` that cannot be
-honoured raises.
+tensors on a GPU where Triton can run, torch for all else; on a GPU it warns of that, once for each
+reason. An explicit `triton` that cannot be honoured raises.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,6 +28,15 @@ _BACKENDS: tuple[str, ...] = get_args(Backend)
 _GPU_TYPES = ("cuda", "xpu")
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
+# Looked for as files: an import would also find those of another copy that is installed.
+_here = Path(__file__).parent
+if _here.is_dir() and not any((_here / "kernels").glob("__init__.py*")):
+    raise ImportError(
+        "detloss_triton/kernels is a symlink to ../kernels, and here it is not: this checkout or "
+        "archive was unpacked without symlinks. Remedy: git config core.symlinks true, then "
+        "git checkout -- detloss_triton/kernels; or install a wheel"
+    )
+
 try:
     from . import kernels as kernels  # the one place that imports Triton
 
@@ -32,6 +45,20 @@ except ImportError as error:
     kernels = None  # type: ignore[assignment]
     _no_triton = f"Triton cannot be imported ({error})"
 
+
+def _why_no_compiler() -> str:
+    """Why Triton will find nothing to build its launchers with; on Linux it looks just so."""
+    named = os.environ.get("CC")
+    candidates = ("gcc", "clang") if named is None else (named,)
+    if platform.system() != "Linux" or any(map(shutil.which, candidates)):
+        return ""
+    looked = "found neither gcc nor clang" if named is None else f"CC={named!r} is no program"
+    return f"Triton needs a C compiler to launch kernels, and at import {looked}"
+
+
+_no_compiler = _why_no_compiler()
+# Reasons for the torch backend on a GPU that were said already.
+_said: set[str] = set()
 
 _requested: Backend = os.environ.get("DETLOSS_BACKEND", "auto")  # type: ignore[assignment]
 
@@ -80,6 +107,9 @@ def why_not_triton(device: torch.device, dtypes: Sequence[torch.dtype] = ()) -> 
         return "the tensors are on the CPU and TRITON_INTERPRET=1 was not set before the import"
     if device.type != "cpu" and device.type not in _GPU_TYPES:
         return f"Triton has no backend for device type {device.type!r}"
+    # Intel's Triton looks for compilers of its own.
+    if _no_compiler and not _INTERPRETED and device.type != "xpu":
+        return _no_compiler
     if torch.float64 in dtypes:
         return "the kernels compute in float32 and would lose the precision of torch.float64"
     return ""
@@ -88,21 +118,63 @@ def why_not_triton(device: torch.device, dtypes: Sequence[torch.dtype] = ()) -> 
 def choose(device: torch.device, dtypes: Sequence[torch.dtype] = ()) -> Literal["triton", "torch"]:
     """The backend for tensors on `device`; `dtypes` are those of the values to compute with.
 
+    Where "auto" takes torch on a GPU, it warns.
+
     Raises:
         RuntimeError: if "triton" was asked for by name and cannot run; it says why.
         ValueError: if DETLOSS_BACKEND names no backend.
     """
+    chosen, reason = _decide(device, dtypes)
+    if reason:
+        warn_of_torch(device, reason)
+    return chosen
+
+
+def _decide(
+    device: torch.device, dtypes: Sequence[torch.dtype] = ()
+) -> tuple[Literal["triton", "torch"], str]:
+    """The backend, and why it is not Triton where "auto" would have liked that."""
     check_environment()
     if _requested == "torch":
-        return "torch"
+        return "torch", ""
     if _requested == "auto" and device.type == "cpu":
-        return "torch"
+        return "torch", ""
     reason = why_not_triton(device, dtypes)
     if not reason:
-        return "triton"
+        return "triton", ""
     if _requested == "triton":
         raise RuntimeError(f"backend 'triton' was requested but cannot run: {reason}")
-    return "torch"
+    return "torch", reason
+
+
+def warn_of_torch(device: torch.device, reason: str, kind: str = "") -> None:
+    """Warn, once for each kind of reason, that "auto" takes the torch backend on a GPU."""
+    if device.type in _GPU_TYPES:
+        _warn_once(reason, kind or reason)
+
+
+def _warn_once(reason: str, kind: str) -> None:
+    if kind in _said:
+        return
+    _said.add(kind)
+    frame = sys._getframe()
+    ours = (__name__.partition(".")[0], "torch")
+    # The line to look at is the caller's of all this, also beyond modules and a compiler at work.
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ours:
+        frame = frame.f_back
+    warnings.warn_explicit(
+        f"detloss_triton computes on a GPU without its Triton kernels: {reason}. Said once for "
+        'each reason, and never where DETLOSS_BACKEND=torch or use_backend("torch") asks for it.',
+        UserWarning,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        module=frame.f_globals.get("__name__"),
+    )
+
+
+# Called while a graph is traced, not traced itself: as `torch.compiler.assume_constant_result`
+# would have it, which imports the compiler.
+_warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def refuse_double(name: str, device: torch.device) -> None:
@@ -212,7 +284,7 @@ def describe() -> list[tuple[str, str]]:
         name = "CPU" if device.type == "cpu" else _device_name(device)
         reason = why_not_triton(device)
         try:
-            verdict = choose(device)
+            verdict, _ = _decide(device)
         except RuntimeError:
             verdict = "torch"
             reason = f"refused: {reason}"

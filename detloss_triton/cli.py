@@ -53,7 +53,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="detloss", description="Training losses of object detectors in PyTorch.")
+    parser = _Parser(
+        prog="detloss",
+        description="Training losses of object detectors in PyTorch.",
+        # The other formatters would join the lines of --version.
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    versions = backend.versions().items()
+    parser.add_argument(
+        "--version",
+        action="version",
+        version="\n".join(f"{name} {found or 'cannot be imported'}" for name, found in versions),
+        help="versions of this library, Python, torch and Triton",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     info = commands.add_parser(
         "info", help="versions, devices, and which backend would run and why"
@@ -72,7 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
     add = train.add_argument
     add("--images", type=Path, metavar="DIR", help="train on the images in this directory")
-    add("--annotations", type=Path, metavar="JSON", help="their boxes, in COCO format")
+    add(
+        "--annotations",
+        type=Path,
+        metavar="JSON",
+        help="their boxes, in COCO format, of the pictures turned upright as EXIF data say",
+    )
     add("--criterion", choices=sorted(RECIPES), default="yolov9", help="default: %(default)s")
     add("--steps", type=_positive, metavar="N", help=f"batches to train on; {_default_steps()}")
     add("--batch-size", type=_positive, default=16, metavar="N", help="default: %(default)s")

@@ -104,6 +104,9 @@ class Op:
         reason = self._beyond(*inputs) if chosen == "triton" else ""
         if reason and not backend.is_auto():
             raise ValueError(f"{reason} on the Triton backend")
+        if reason:
+            why = f"{self.name}: {reason.rstrip(',')}"
+            backend.warn_of_torch(first.device, why, kind=self.name)
         return "torch" if reason else chosen
 
     def __repr__(self) -> str:

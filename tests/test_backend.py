@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import shutil
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,12 @@ import torch
 
 import detloss_triton
 from detloss_triton import backend, use_backend
-from detloss_triton.functional import generalized_box_iou_loss, sigmoid_focal_loss
+from detloss_triton.functional import (
+    cross_entropy,
+    generalized_box_iou_loss,
+    linear_sum_assignment,
+    sigmoid_focal_loss,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -128,6 +137,144 @@ print(dict(d.backend.describe())["triton"])
     run = python(code)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("Triton cannot be imported") == 2
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """What the backend takes for a GPU with a compiler; tensors there hold no data."""
+    monkeypatch.setattr(backend, "_GPU_TYPES", (*backend._GPU_TYPES, "meta"))
+    monkeypatch.setattr(backend, "_INTERPRETED", False)
+    monkeypatch.setattr(backend, "_no_compiler", "")
+    monkeypatch.setattr(backend, "_said", set())
+    return torch.device("meta")
+
+
+def warned(run: Callable[[], object]) -> list[warnings.WarningMessage]:
+    with use_backend("auto"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return [each for each in caught if "Triton" in str(each.message)]
+
+
+def fall_back(device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    boxes = torch.empty(3, 4, dtype=dtype, device=device)
+    detloss_triton.GIoULoss()(boxes, boxes)
+
+
+REASONS: dict[str, tuple[str, str, Callable[[torch.device], object]]] = {
+    "no Triton": ("_no_triton", "Triton cannot be imported (gone)", fall_back),
+    "no compiler": ("_no_compiler", "Triton needs a C compiler", fall_back),
+    "float64": ("", "torch.float64", lambda device: fall_back(device, torch.float64)),
+    "too many classes": (
+        "",
+        "4096 bins, got 5000",
+        lambda device: cross_entropy(
+            torch.empty(2, 5000, device=device), torch.empty(2, device=device).long()
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", REASONS)
+def test_falling_back_on_a_gpu_is_said_once_for_each_reason(
+    name: str, compiled: bool, gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variable, text, run = REASONS[name]
+    if variable:
+        monkeypatch.setattr(backend, variable, text)
+    torch._dynamo.reset()
+    step = torch.compile(run, fullgraph=True, backend="eager") if compiled else run
+    (first,) = warned(lambda: step(gpu))
+    assert text in str(first.message) and 'use_backend("torch")' in str(first.message)
+    # The tests turn warnings of our own modules into errors, and a user looks for a line to change.
+    assert first.filename == __file__
+    assert warned(lambda: step(gpu)) == []
+
+    monkeypatch.setattr(backend, "_said", set())
+    torch._dynamo.reset()
+    with use_backend("torch"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(gpu)
+
+
+def test_another_reason_is_said_too(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(warned(lambda: fall_back(gpu, torch.float64))) == 1
+    monkeypatch.setattr(backend, "_no_compiler", "no compiler")
+    assert len(warned(lambda: fall_back(gpu))) == 1
+    assert warned(lambda: (fall_back(gpu), fall_back(gpu, torch.float64))) == []
+
+
+def test_the_cpu_warns_of_nothing(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_no_triton", "gone")
+    cpu = torch.device("cpu")
+    cost = torch.zeros(2, 5000, 2)
+
+    def run() -> None:
+        fall_back(cpu)
+        fall_back(cpu, torch.float64)
+        linear_sum_assignment(cost, torch.tensor([3, 4]), torch.tensor([1, 2]))
+
+    assert warned(run) == []
+
+
+def test_what_is_asked_for_by_name_is_told_of_a_missing_compiler(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "_no_compiler", "Triton needs a C compiler, says the test")
+    with use_backend("triton"), pytest.raises(RuntimeError, match="C compiler, says the test"):
+        fall_back(gpu)
+    assert backend.why_not_triton(torch.device("xpu")) == "", "Intel's Triton looks for others"
+
+
+def test_a_missing_compiler_is_found_at_import(tmp_path: Path) -> None:
+    code = (
+        "import torch; from detloss_triton import backend; "
+        "print(backend.why_not_triton(torch.device('cuda')))"
+    )
+    run = python(code, PATH=str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    assert ("C compiler" in run.stdout) == (sys.platform == "linux")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Triton brings or finds its own")
+@pytest.mark.parametrize(
+    ("tools", "named", "expected"),
+    [
+        ((), None, "found neither gcc nor clang"),
+        (("gcc",), None, ""),
+        (("clang",), None, ""),
+        (("cc",), None, "found neither gcc nor clang"),
+        (("gcc",), "nowhere/gcc", "CC='nowhere/gcc' is no program"),
+        (("gcc",), "gcc -O3", "CC='gcc -O3' is no program"),
+        (("cc",), "cc", ""),
+    ],
+)
+def test_compilers_are_looked_for_as_triton_does(
+    tools: tuple[str, ...],
+    named: str | None,
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for tool in tools:
+        shutil.copy(sys.executable, tmp_path / tool)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CC", named)
+    found = backend._why_no_compiler()
+    assert expected in found and bool(found) == bool(expected)
+
+    build = pytest.importorskip("triton.runtime.build")
+    ran: list[str] = []
+    monkeypatch.setattr(build.subprocess, "check_call", lambda command, **_: ran.append(command[0]))
+    n_lists = len(inspect.signature(build._build).parameters) - 3
+    try:
+        build._build("a", "a.c", str(tmp_path), *([] for _ in range(n_lists)))
+    except RuntimeError:
+        ran.append("nowhere")
+    assert bool(shutil.which(ran[0])) == (not found)
 
 
 def test_recording_launches_runs_nothing() -> None:

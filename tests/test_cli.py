@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
-from detloss_triton import cli, selfcheck
+from detloss_triton import backend, cli, selfcheck
 
-COMMAND = [sys.executable, "-m", "detloss_triton.cli"]
+COMMAND = [sys.executable, "-m", "detloss_triton"]
 # The least work that still goes through every part of a run.
 TINY = ["--device", "cpu", "--batch-size", "8", "--image-size", "64"]
 
@@ -93,6 +93,24 @@ def test_info_names_versions_and_backend(tmp_path: Path) -> None:
     assert torch.__version__ in result.stdout
     assert "detloss_triton" in result.stdout
     assert "cpu" in result.stdout
+
+
+def test_version_names_what_a_report_of_a_fault_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run("--version", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    versions = backend.versions()
+    assert result.stdout.splitlines() == [
+        f"{name} {version or 'cannot be imported'}" for name, version in versions.items()
+    ]
+    assert list(versions) == ["detloss_triton", "python", "torch", "triton"]
+
+    monkeypatch.setattr(backend, "_no_triton", "gone")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert "triton cannot be imported\n" in capsys.readouterr().out
 
 
 def test_check_reports_each_row_and_fails_on_a_failure(
@@ -327,9 +345,23 @@ def test_missing_files_are_refused(coco: Path, capsys: pytest.CaptureFixture[str
     Image.new("RGB", (8, 9)).save(image)
     assert "has 8x9 pixels, expected" in refuse(capsys, *arguments)
 
+    sideways = Image.Exif()
+    sideways[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (50, 80)).save(image, exif=sideways)
+    line = refuse(capsys, *arguments)
+    assert str(image) in line and "has 80x50 pixels when turned upright" in line
+    assert "expected 50x80" in line
+
     image.unlink()
     line = refuse(capsys, *arguments)
     assert "--images" in line and "'4.jpg'" in line
+
+    image.write_bytes(content)
+    for each in (coco / "images").iterdir():
+        # Headers are whole, so that this shows when pictures are looked at.
+        each.write_bytes(each.read_bytes()[:-200])
+    assert "--images: expected an image in" in refuse(capsys, *arguments)
+    assert not (coco / "out").exists()
 
     (coco / "coco.json").unlink()
     assert "--annotations" in refuse(capsys, *arguments)

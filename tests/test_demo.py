@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
+import struct
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageCms
 
 from detloss_triton import cli
 from detloss_triton.boxes import cxcywh_to_xyxy
 from detloss_triton.criteria.dfine import bin_positions, box_bins
 from detloss_triton.demo.average_precision import average_precision
 from detloss_triton.demo.coco import Entry
-from detloss_triton.demo.coco_images import letterbox, mirror
+from detloss_triton.demo.coco_images import BORDER_GREY, CocoImages, letterbox, mirror
 from detloss_triton.demo.decode import detections
 from detloss_triton.demo.denoising import POSITIVES, denoising_queries
 from detloss_triton.demo.detectors import RECIPES
@@ -25,6 +29,7 @@ from detloss_triton.demo.pictures import running_mean
 from detloss_triton.demo.samples import (
     Array,
     Detections,
+    InputError,
     Sample,
     normalised_targets,
     pad_targets,
@@ -203,6 +208,242 @@ def test_letterbox_scales_boxes_with_the_image(tmp_path: Path) -> None:
     flipped = mirror(boxed)
     assert flipped.boxes.tolist() == [[80, 70, 160, 110]]
     assert flipped.image[72:108, 82:158].min() > 250
+
+
+WIDTH, HEIGHT, BOX = 96, 64, (8, 6, 38, 26)
+RED, DARK = (250, 30, 30), (60, 60, 60)
+# How a camera held so stores what is upright, by EXIF's number.
+STORED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+def red_on_dark(width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
+    picture = Image.new("RGB", (width, height), DARK)
+    picture.paste(RED, BOX)
+    return picture
+
+
+def entry(path: Path, width: int = WIDTH, height: int = HEIGHT) -> Entry:
+    return Entry(path, width, height, np.array([BOX], np.float32), np.array([0]))
+
+
+def colours(boxed: Sample) -> tuple[Array, Array]:
+    """Mean colours within the box, and of all that lies around it: the edges are left out."""
+    x1, y1, x2, y2 = boxed.boxes[0].round().astype(int)
+    inside = boxed.image[y1 + 2 : y2 - 2, x1 + 2 : x2 - 2]
+    picture = np.ones(boxed.image.shape[:2], bool)
+    top = (picture.shape[0] - round(picture.shape[0] * HEIGHT / WIDTH)) // 2
+    picture[:top] = picture[len(picture) - top :] = False
+    picture[y1 - 2 : y2 + 2, x1 - 2 : x2 + 2] = False
+    return inside.reshape(-1, 3).mean(0), boxed.image[picture].mean(0)
+
+
+def oriented(orientation: object) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
+
+
+@pytest.mark.parametrize("size", [(WIDTH, HEIGHT), (WIDTH, WIDTH)], ids=["oblong", "square"])
+@pytest.mark.parametrize("kind", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_upright(
+    orientation: int, kind: str, size: tuple[int, int], tmp_path: Path
+) -> None:
+    stored = red_on_dark(*size)
+    if orientation in STORED:
+        stored = stored.transpose(STORED[orientation])
+    path = tmp_path / f"a.{kind}"
+    stored.save(path, exif=oriented(orientation), quality=95)
+    for side in (96, 160):
+        boxed = letterbox(entry(path, *size), side)
+        inside, around = colours(boxed)
+        assert inside == pytest.approx(RED, abs=8) and around == pytest.approx(DARK, abs=8)
+
+
+def test_an_orientation_behind_the_pixels_counts(tmp_path: Path) -> None:
+    """As the PNG format allows: whoever looks at the header alone does not see it."""
+    path = tmp_path / "0.png"
+    file = io.BytesIO()
+    red_on_dark().transpose(STORED[6]).save(file, "PNG", exif=oriented(6))
+    content = file.getvalue()
+    start = content.index(b"eXIf") - 4
+    end = start + 12 + struct.unpack(">I", content[start : start + 4])[0]
+    last = content.index(b"IEND") - 4
+    path.write_bytes(content[:start] + content[end:last] + content[start:end] + content[last:])
+    inside, _ = colours(letterbox(entry(path), 96))
+    assert inside == pytest.approx(RED)
+
+
+@pytest.mark.parametrize("exif", [oriented(0), oriented(9), b"Exif\0\0garbage"])
+def test_an_orientation_without_a_meaning_is_none(exif: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    red_on_dark().save(path, exif=exif, quality=95)
+    inside, around = colours(letterbox(entry(path), 96))
+    assert inside == pytest.approx(RED, abs=8) and around == pytest.approx(DARK, abs=8)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "tif", "webp"])
+def test_sizes_of_the_stored_pixels_are_refused(kind: str, tmp_path: Path) -> None:
+    """Their boxes would be those of the stored pixels too, as no viewer shows them."""
+    stored = red_on_dark()
+    images = []
+    for index in range(4):
+        name = f"{index}.{kind}"
+        stored.save(tmp_path / name, exif=oriented(6 if index == 2 else 1))
+        images.append({"id": index, "file_name": name, "width": WIDTH, "height": HEIGHT})
+    content = {
+        "images": images,
+        "categories": [{"id": 1, "name": "red"}],
+        "annotations": [
+            {"image_id": index, "category_id": 1, "bbox": [8, 6, 30, 20]} for index in range(4)
+        ],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=rf"2\.{kind} has 64x96 pixels.*, expected 96x64 as the"):
+        CocoImages(tmp_path, tmp_path / "a.json", 96, 0)
+
+
+def grey_16(kind: str) -> Image.Image:
+    grey = np.asarray(red_on_dark().convert("L")).astype(kind) * 257
+    return Image.fromarray(grey)
+
+
+def lab() -> Image.Image:
+    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    picture = ImageCms.applyTransform(
+        red_on_dark(), ImageCms.buildTransform(srgb, lab, "RGB", "LAB")
+    )
+    assert picture is not None
+    return picture
+
+
+def transparent_around(mode: str) -> Image.Image:
+    picture = red_on_dark().convert(mode)
+    alpha = Image.new("L", picture.size, 0)
+    alpha.paste(255, BOX)
+    picture.putalpha(alpha)
+    return picture
+
+
+RED_AS_GREY = (96, 96, 96)
+SEEN_THROUGH = (BORDER_GREY,) * 3
+PICTURES: dict[str, tuple[Any, str, dict[str, Any], Any, Any]] = {
+    "palette png": (lambda: red_on_dark().quantize(4), "png", {}, RED, DARK),
+    "palette bmp": (lambda: red_on_dark().quantize(4), "bmp", {}, RED, DARK),
+    "gif": (red_on_dark, "gif", {}, RED, DARK),
+    "animated gif": (
+        red_on_dark,
+        "gif",
+        {"save_all": True, "append_images": [Image.new("RGB", (WIDTH, HEIGHT), "blue")]},
+        RED,
+        DARK,
+    ),
+    "1-bit": (
+        lambda: red_on_dark().split()[0].point(lambda value: 255 * (value > 99)).convert("1"),
+        "png",
+        {},
+        (255, 255, 255),
+        (0, 0, 0),
+    ),
+    "grey png": (lambda: red_on_dark().convert("L"), "png", {}, RED_AS_GREY, DARK),
+    "grey jpg": (lambda: red_on_dark().convert("L"), "jpg", {"quality": 95}, RED_AS_GREY, DARK),
+    "16-bit png": (lambda: grey_16("<u2"), "png", {}, RED_AS_GREY, DARK),
+    "16-bit tif": (lambda: grey_16("<u2"), "tif", {}, RED_AS_GREY, DARK),
+    "16-bit big-endian tif": (lambda: grey_16(">u2"), "tif", {}, RED_AS_GREY, DARK),
+    "16-bit jp2": (lambda: grey_16("<u2"), "jp2", {}, RED_AS_GREY, DARK),
+    "16-bit pgm": (lambda: grey_16("<u2"), "pgm", {}, RED_AS_GREY, DARK),
+    "16-bit, one grey hidden": (
+        lambda: grey_16("<u2"),
+        "png",
+        {"transparency": 60 * 257},
+        RED_AS_GREY,
+        SEEN_THROUGH,
+    ),
+    "cmyk jpg": (lambda: red_on_dark().convert("CMYK"), "jpg", {"quality": 95}, RED, DARK),
+    "cmyk tif": (lambda: red_on_dark().convert("CMYK"), "tif", {}, RED, DARK),
+    "lab tif": (lab, "tif", {}, RED, DARK),
+    "alpha png": (lambda: transparent_around("RGB"), "png", {}, RED, SEEN_THROUGH),
+    "alpha webp": (lambda: transparent_around("RGB"), "webp", {}, RED, SEEN_THROUGH),
+    "alpha tif": (lambda: transparent_around("RGB"), "tif", {}, RED, SEEN_THROUGH),
+    "grey with alpha": (lambda: transparent_around("L"), "png", {}, RED_AS_GREY, SEEN_THROUGH),
+    "palette with alpha": (
+        lambda: transparent_around("RGB").quantize(4),
+        "png",
+        {},
+        RED,
+        SEEN_THROUGH,
+    ),
+    "transparent gif": (lambda: transparent_around("RGB"), "gif", {}, RED, SEEN_THROUGH),
+    "one colour hidden": (red_on_dark, "png", {"transparency": DARK}, RED, SEEN_THROUGH),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_kind_of_pixels_keeps_its_colours(name: str, tmp_path: Path) -> None:
+    made, kind, options, inside, around = PICTURES[name]
+    path = tmp_path / f"a.{kind}"
+    made().save(path, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        boxed = letterbox(entry(path), 96)
+    found_inside, found_around = colours(boxed)
+    assert found_inside == pytest.approx(inside, abs=8)
+    assert found_around == pytest.approx(around, abs=8)
+
+
+def encoded(kind: str, picture: Image.Image | None = None, **options: Any) -> bytes:
+    file = io.BytesIO()
+    (picture or red_on_dark()).save(file, kind, **options)
+    return file.getvalue()
+
+
+def cut(kind: str, **options: Any) -> bytes:
+    content = encoded(kind, **options)
+    return content[: len(content) * 2 // 3]
+
+
+def huge() -> bytes:
+    """A PNG whose header promises more pixels than a machine should be asked for."""
+    header = struct.pack(">IIBBBBB", 2**16, 2**16, 8, 2, 0, 0, 0)
+    return encoded("PNG").replace(encoded("PNG")[16:29], header)
+
+
+def no_pixels() -> bytes:
+    return encoded("PNG").replace(encoded("PNG")[16:20], b"\0\0\0\0")
+
+
+DAMAGED = {
+    "empty": lambda: b"",
+    "text": lambda: b"no image at all",
+    "random": lambda: np.random.default_rng(0).bytes(5000),
+    "huge": huge,
+    "no pixels": no_pixels,
+    **{
+        f"cut {kind}": lambda kind=kind: cut(kind)
+        for kind in ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "TGA", "JPEG2000")
+    },
+    "cut tif with exif": lambda: cut("TIFF", exif=oriented(6)),
+    "32-bit grey": lambda: encoded("TIFF", grey_16("i4")),
+    "real numbers": lambda: encoded("TIFF", red_on_dark().convert("F")),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_cannot_be_read_is_named(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.picture"
+    path.write_bytes(DAMAGED[name]())
+    with warnings.catch_warnings(), pytest.raises(InputError) as caught:
+        warnings.simplefilter("error")
+        letterbox(entry(path), 96)
+    assert str(caught.value).startswith("--images: ") and str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 500])

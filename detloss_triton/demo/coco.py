@@ -27,6 +27,8 @@ CONTENT = {
 class Entry:
     """One image on disk and its true boxes.
 
+    Its size and boxes are those of the upright picture.
+
     Shapes: boxes (n, 4) float32 xyxy in pixels of the file; labels (n,) int64 in [0, classes).
     """
 

@@ -1,0 +1,8 @@
+"""`python -m detloss_triton` is `detloss`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
