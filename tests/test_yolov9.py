@@ -19,6 +19,7 @@ from test_criteria import assert_same, shapes, step
 from torch import Tensor, nn
 
 import detloss_triton as dt
+from detloss_triton import validation
 from detloss_triton.bench.batches import STRIDES, Draw, yolov9
 
 SIZE, CLASSES = (64, 64), 5
@@ -521,6 +522,39 @@ def test_heads_that_are_no_levels(head: Callable[[Any], Any], message: str) -> N
         inputs = {**batch.inputs, argument: head(batch.inputs[argument])}
         with pytest.raises(TypeError, match=f"YOLOv9Criterion: {argument}(:|,)? {message}"):
             batch.criterion("cpu")(**inputs)
+
+
+def boxes(*rows: list[float]) -> Tensor:
+    return torch.tensor([list(rows)])
+
+
+UNITS = [
+    ("normalised", boxes([0, 0.1, 0.1, 0.6, 0.6]), False),
+    ("the first image's only", boxes([-1, 0, 0, 0, 0], [1, 0.5, 0.5, 1, 1]), False),
+    ("beside padding in pixels", boxes([-1, 5, 5, 40, 40], [1, 0.5, 0.5, 1, 1]), False),
+    ("beside a class of none", boxes([1, 0.5, 0.5, 1, 1], [0, 0.2, 0.1, 0.3, 0.5]), False),
+    ("normalised, beyond the image", boxes([0, -0.3, 0.1, 1.2, 0.6]), False),
+    ("whole numbers", boxes([0, 0, 0, 1, 1]).long(), False),
+    ("pixels", boxes([0, 8, 8, 40, 40]), True),
+    ("a sliver beside pixels", boxes([0, 0, 0, 0.4, 0.9], [1, 8, 8, 40, 40]), True),
+    ("outside of the image", boxes([0, -80, -90, -20, 100]), True),
+    ("without area", boxes([0, 0, 0, 0, 0]), True),
+    ("none", boxes([-1, 0, 0, 1, 1]), True),
+]
+
+
+@pytest.mark.parametrize(("targets", "is_right"), [x[1:] for x in UNITS], ids=[x[0] for x in UNITS])
+def test_boxes_are_in_pixels(targets: Tensor, is_right: bool) -> None:
+    criterion = dt.YOLOv9Criterion(CLASSES, anchors_of())
+    head = head_of([(8, 8), (4, 4), (2, 2)], images=1)
+    criterion(head, targets)
+    with validation(True):
+        if is_right:
+            criterion(head, targets)
+            return
+        message = r"Criterion: targets, image 0, entry \[\d\]: expected boxes in pixels.*got \["
+        with pytest.raises(ValueError, match=message):
+            criterion(head, targets)
 
 
 MATCHER_ARGUMENTS: dict[str, tuple[Callable[..., Any], str]] = {

@@ -18,7 +18,7 @@ from detloss_triton.ops.coding import distance_decode
 from detloss_triton.ops.distribution import two_bin, two_bins
 from detloss_triton.ops.regression import YOLOV9_EPS, ciou_loss
 from detloss_triton.shapes import check_shapes
-from detloss_triton.validate import FINITE, a_box_with_class, check, enabled
+from detloss_triton.validate import FINITE, a_box_with_class, check, enabled, in_pixels
 from detloss_triton.vec2box import (
     Level,
     Vec2Box,
@@ -123,6 +123,7 @@ class YOLOv9Criterion(nn.Module):
                 main_preds=FINITE(_by_part(main_preds)),
                 aux_preds=FINITE(_by_part(aux_preds or ())),
             )
+            check(self, targets=in_pixels(self.num_classes)(targets))
         rates = [1.0, self.aux_rate][: len(heads)]
         terms = self._fused(heads, targets) if self._is_ours() else self._as_otx(heads, targets)
         cls, dfl, iou = (_weighted(term, rates) for term in terms)
