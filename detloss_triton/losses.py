@@ -26,6 +26,7 @@ from .gather import count_of, first_set
 from .ops import classification, distribution, regression
 from .precision import arithmetic_dtype, as_indices, at_least_float32
 from .reduction import EPS32, check_reduction, reduced
+from .shapes import check_shapes
 
 if TYPE_CHECKING:
     from .vec2box import Vec2Box
@@ -626,6 +627,11 @@ class DFLoss(nn.Module):
             predicts_anc (B, A, 4, bins) logits; targets_bbox (B, A, 4) xyxy in strides;
             valid_masks (B, A) with P entries set; box_norm (P,); cls_norm ().
         """
+        check_shapes(
+            type(self).__name__,
+            **{"vec2box.anchor_grid": (self.vec2box.anchor_grid, ("A", 2))},
+            targets_bbox=(targets_bbox, ("B", "A", 4)),
+        )
         grid = self.vec2box.anchor_grid.to(arithmetic_dtype(targets_bbox))
         centre = grid / self.vec2box.scaler.unsqueeze(-1)
         index, weight = _matched(self, valid_masks, box_norm)

@@ -11,11 +11,21 @@ from torch import Tensor, nn
 
 from .ops.assignment import linear_sum_assignment
 from .ops.matching import match_cost, task_aligned
-from .precision import at_least_float32
+from .precision import arithmetic_dtype, at_least_float32
+from .shapes import check_shapes
 from .targets import Targets, pack
 
 # Keeps the normalised metric finite for a target that no prediction meets.
 _METRIC_EPS = 1e-9
+
+# What OTX's matcher calls one after the other.
+_STEPS_OF_OTX = (
+    "get_valid_matrix",
+    "get_iou_matrix",
+    "get_cls_matrix",
+    "filter_topk",
+    "filter_duplicates",
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,9 @@ class BoxMatcher:
     An anchor kept by several targets takes the one with its largest metric, the first on ties. The
     score of a pair is metric / (largest metric of the target + 1e-9) * largest IoU of the target.
 
+    A subclass overrides `__call__`, or `match` on which it is built. The steps of OTX's matcher,
+    such as `filter_topk`, are not taken one by one, and a subclass that has one is refused.
+
     Args:
         class_num: number of classes.
         anchors: (A, 2) centres in pixels.
@@ -66,6 +79,9 @@ class BoxMatcher:
             raise ValueError(f"iou must be 'iou', 'diou' or 'ciou', got {iou!r}")
         if topk < 1:
             raise ValueError(f"topk must be at least 1, got {topk}")
+        if factor is not None and set(factor) != {"iou", "cls"}:
+            raise ValueError(f"factor must have the keys 'iou' and 'cls', got {sorted(factor)}")
+        check_shapes(type(self).__name__, anchors=(anchors, ("A", 2)))
         self.class_num = class_num
         self.anchors = anchors
         self.iou = iou
@@ -78,7 +94,16 @@ class BoxMatcher:
         Shapes:
             boxes: (B, A, 4) predicted, xyxy in pixels. logits: (B, T, A) of each target's class.
             targets: (B, T, 4) xyxy in pixels; padding without area matches nothing.
+
+        Raises:
+            TypeError: for an override of one of OTX's steps, which are not taken one by one here.
         """
+        for name in _STEPS_OF_OTX:
+            if hasattr(self, name):
+                raise TypeError(
+                    f"{type(self).__name__} has {name}, which is not called: override match, or "
+                    "__call__"
+                )
         n_images, n_targets, n_anchors = logits.shape
         metric, best_iou = task_aligned(
             *(boxes, logits, self.anchors, targets),
@@ -114,10 +139,30 @@ class BoxMatcher:
             predict: class logits (B, A, C) and boxes (B, A, 4) xyxy in pixels.
             returns: (B, A, C + 4), target scores of the classes (0 for unmatched anchors) and the
                 matched box (the image's first one where unmatched); and the matched mask (B, A).
+
+        Raises:
+            TypeError, ValueError: for arguments of other shapes, or on another device than
+                `anchors`.
         """
-        logits, boxes = predict
+        name = type(self).__name__
+        if not isinstance(predict, (tuple, list)) or len(predict) != 2:
+            raise TypeError(f"{name}: predict must be (logits, boxes), got {type(predict)}")
+        target, logits, boxes = (
+            x.detach() if isinstance(x, Tensor) else x for x in (target, *predict)
+        )
+        check_shapes(
+            name,
+            anchors=(self.anchors, ("A", 2)),
+            **{
+                "predict[0]": (logits, ("B", "A", self.class_num)),
+                "predict[1]": (boxes, ("B", "A", 4)),
+            },
+            target=(target, ("B", "T", 5)),
+        )
+        if target.shape[1] == 0:
+            target = nn.functional.pad(target, (0, 0, 0, 1), value=-1)
         labels = target[..., 0].long().clamp(0, self.class_num - 1)
-        targets = real_boxes(target, self.class_num)
+        targets = real_boxes(target, self.class_num).to(arithmetic_dtype(boxes))
         index = labels.unsqueeze(1).expand(-1, logits.shape[1], -1)
         found = self.match(boxes, logits.gather(2, index).transpose(1, 2), targets)
         which = self.over_anchors(found, found.target, 0)

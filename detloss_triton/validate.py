@@ -133,6 +133,9 @@ POSITIVE = Rule("a finite number above 0", lambda x: ~(x.isfinite() & (x > 0)))
 XYXY = Rule("finite x1, y1, x2, y2 with x2 >= x1 and y2 >= y1", lambda x: _is_no_box(*x.unbind(-1)))
 CXCYWH = Rule("finite cx, cy, w, h with w >= 0 and h >= 0", _is_no_size)
 
+# Boxes in units of their image are not larger, also where they stick out of it by its size.
+NORMALISED = 2
+
 # What anchors that teach nothing are labelled with, here and elsewhere.
 IGNORED_LABELS = (-1, -100)
 
@@ -160,6 +163,22 @@ def a_box_with_class(n_classes: int) -> Rule:
     return Rule(
         f"[class, x1, y1, x2, y2] with a class in [0, {n_classes}), finite, x2 >= x1 and y2 >= y1, "
         "or a class of -1",
+        wrong,
+    )
+
+
+def in_pixels(n_classes: int) -> Rule:
+    """Of rows [class, x1, y1, x2, y2] of a batch; boxes without area may stand anywhere."""
+
+    def wrong(x: Tensor) -> Tensor:
+        label, x1, y1, x2, y2 = x.unbind(-1)
+        is_box = (label >= 0) & (label < n_classes) & (x2 > x1) & (y2 > y1)
+        is_large = is_box & (x[..., 1:].abs() > NORMALISED).any(-1)
+        return is_box & ~is_large.any()
+
+    return Rule(
+        f"boxes in pixels, of which some in the batch reach beyond {NORMALISED}; normalised boxes "
+        "must be multiplied by the image's width and height",
         wrong,
     )
 

@@ -725,7 +725,7 @@ def test_arguments_that_do_not_fit(backend: str, device: torch.device) -> None:
     batch = yolov9().on(device)
     with pytest.raises(ValueError, match=r"targets must have shape .*got \(2, 4, 4\)"):
         made(batch, device)(**{**batch.inputs, "targets": batch.inputs["targets"][..., :4]})
-    with pytest.raises(ValueError, match=r"predictions of 80 anchors .* with 84 .*vec2box.update"):
+    with pytest.raises(ValueError, match=r"main_preds must have an entry per level, got 2 for s"):
         made(batch, device)(**{**batch.inputs, "main_preds": batch.inputs["main_preds"][:2]})
     with pytest.raises(ValueError, match="bbox_coder is needed where reg_decoded_bbox is set"):
         dt.SSDCriterion(5, reg_decoded_bbox=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,26 +17,41 @@ from detloss_triton.ops.classification import binary_cross_entropy
 from detloss_triton.ops.coding import distance_decode
 from detloss_triton.ops.distribution import two_bin, two_bins
 from detloss_triton.ops.regression import YOLOV9_EPS, ciou_loss
-from detloss_triton.precision import arithmetic_dtype
 from detloss_triton.shapes import check_shapes
-from detloss_triton.validate import FINITE, a_box_with_class, check, enabled
-from detloss_triton.vec2box import Level, Vec2Box
+from detloss_triton.validate import FINITE, a_box_with_class, check, enabled, in_pixels
+from detloss_triton.vec2box import (
+    Level,
+    Vec2Box,
+    check_vec2box,
+    decoded,
+    flattened,
+    map_sizes,
+    why_no_fit,
+)
 
-from .levels import is_ours
+from .arguments import detached
+from .levels import has_hooks
 
 
 class YOLOv9Criterion(nn.Module):
     """Losses of YOLOv9 (Wang et al., 2024, https://arxiv.org/abs/2402.13616).
 
+    What is ours runs fused, on the matched anchors only. If vec2box, the matcher, a loss or
+    `separate_anchor` is another's or overridden, or a loss has hooks, then all of them are called
+    as OTX calls them, one by one; the host reads how many anchors matched.
+
     Args:
         num_classes: number of classes C.
-        vec2box: the anchors, on the predictions' device.
-        loss_cls, loss_dfl, loss_iou: default `BCELoss`, `DFLoss`, `BoxLoss`, which run fused on the
-            matched anchors only; with another module in any slot all three are called, with OTX's
-            arguments.
+        vec2box: the anchors, on the predictions' device: ours, OTX's, or any object that has
+            `anchor_grid`, `scaler` and `strides`.
+        loss_cls, loss_dfl, loss_iou: default `BCELoss`, `DFLoss`, `BoxLoss`.
         reg_max: number of bins of a side's distribution.
         cls_rate, dfl_rate, iou_rate: factors of the three losses.
         aux_rate: factor of the auxiliary head.
+
+    Attributes:
+        matcher: a `BoxMatcher`, or what is put in its place: any callable with its arguments. If
+            its `anchors` are those of vec2box, they follow `vec2box.update`.
     """
 
     def __init__(
@@ -52,16 +68,20 @@ class YOLOv9Criterion(nn.Module):
         aux_rate: float = 0.25,
     ) -> None:
         super().__init__()
+        check_vec2box(type(self).__name__, vec2box)
         self.num_classes = num_classes
-        self.vec2box = vec2box
-        self.matcher = BoxMatcher(num_classes, vec2box.anchor_grid)
-        self.loss_cls = loss_cls or BCELoss()
-        self.loss_dfl = loss_dfl or DFLoss(vec2box, reg_max)
-        self.loss_iou = loss_iou or BoxLoss()
+        # Any object will do, see above.
+        self.vec2box: Any = vec2box
+        self.matcher: Any = BoxMatcher(num_classes, vec2box.anchor_grid)
+        self.loss_cls = BCELoss() if loss_cls is None else loss_cls
+        self.loss_dfl: Any = DFLoss(vec2box, reg_max) if loss_dfl is None else loss_dfl
+        self.loss_iou = BoxLoss() if loss_iou is None else loss_iou
         self.cls_rate = cls_rate
         self.dfl_rate = dfl_rate
         self.iou_rate = iou_rate
         self.aux_rate = aux_rate
+        self._anchors: Tensor = vec2box.anchor_grid
+        self._map_sizes = map_sizes(vec2box)
 
     def forward(
         self,
@@ -75,22 +95,27 @@ class YOLOv9Criterion(nn.Module):
             main_preds, aux_preds: per level (classes (B, C, h, w) logits, distributions
                 (B, bins, 4, h, w) logits, ltrb distances in strides (B, 4, h, w)).
             targets: (B, T, 5) rows [class, x1, y1, x2, y2] in pixels, padded with class -1; a
-                row whose class is none of the C matches nothing.
+                row whose class is none of the C matches nothing. Of any dtype; detached.
 
         Returns:
             {"loss_cls", "loss_df", "loss_iou"} with rates applied and "total_loss", their mean;
             None where T is 0. With nothing matched the normaliser is 1.
 
         Raises:
-            TypeError, ValueError: for arguments of other shapes, or that do not fit `vec2box`.
+            TypeError, ValueError: for arguments of other shapes; for levels of other sizes, in
+                another order or on another device than those of `vec2box`; for a part that would
+                not be called.
         """
+        targets = detached(targets)
         check_shapes(type(self).__name__, targets=(targets, ("B", "T", 5)))
         if targets.shape[1] == 0:
             return None
         heads = [main_preds] if aux_preds is None else [main_preds, aux_preds]
+        self._follow_vec2box()
+        self._check_parts()
         for name, head in zip(("main_preds", "aux_preds"), heads, strict=False):
-            self._check_shapes(name, head, len(targets))
-            self._check_anchors(head)
+            self._check_head(name, head, len(targets))
+        self._check_shapes(targets=(targets, ("B", "T", 5)))
         if enabled():
             check(
                 self,
@@ -98,9 +123,9 @@ class YOLOv9Criterion(nn.Module):
                 main_preds=FINITE(_by_part(main_preds)),
                 aux_preds=FINITE(_by_part(aux_preds or ())),
             )
-        self.matcher.anchors = self.vec2box.anchor_grid
+            check(self, targets=in_pixels(self.num_classes)(targets))
         rates = [1.0, self.aux_rate][: len(heads)]
-        terms = self._losses(heads, targets)
+        terms = self._fused(heads, targets) if self._is_ours() else self._as_otx(heads, targets)
         cls, dfl, iou = (_weighted(term, rates) for term in terms)
         losses = {
             "loss_cls": self.cls_rate * cls,
@@ -109,17 +134,68 @@ class YOLOv9Criterion(nn.Module):
         }
         return {**losses, "total_loss": torch.stack(list(losses.values())).mean()}
 
-    def _check_shapes(self, name: str, head: Sequence[Level], n_images: int) -> None:
-        if not head:
+    def _is_ours(self) -> bool:
+        """Whether everything that OTX calls is this library's, and nobody listens."""
+        losses = (self.loss_cls, BCELoss), (self.loss_dfl, DFLoss), (self.loss_iou, BoxLoss)
+        return (
+            _is_plain(self, YOLOv9Criterion, "separate_anchor")
+            and _is_plain(self.matcher, BoxMatcher, "__call__", "match", "over_anchors")
+            and (
+                _is_plain(self.vec2box, Vec2Box, "__call__", "decode") or not callable(self.vec2box)
+            )
+            and all(_is_plain(loss, kind, "__call__", "forward") for loss, kind in losses)
+            and not any(has_hooks(loss) for loss, _ in losses)
+            and self.loss_dfl.vec2box is self.vec2box
+        )
+
+    def _follow_vec2box(self) -> None:
+        """Have the matcher use the anchors of vec2box where it did, which may be others by now."""
+        before = self._anchors
+        if getattr(self.vec2box, "anchor_grid", None) is before:
+            return
+        check_vec2box(type(self).__name__, self.vec2box)
+        self._anchors = self.vec2box.anchor_grid
+        self._map_sizes = map_sizes(self.vec2box)
+        if getattr(self.matcher, "anchors", None) is before:
+            self.matcher.anchors = self._anchors
+
+    def _check_parts(self) -> None:
+        name = type(self).__name__
+        if hasattr(self, "_forward") and type(self).forward is YOLOv9Criterion.forward:
+            raise TypeError(
+                f"{name} has a _forward, which forward does not call: override forward, "
+                "separate_anchor or the matcher"
+            )
+        if not isinstance(self.matcher, BoxMatcher):
+            return
+        self._check_shapes(**{"matcher.anchors": (self.matcher.anchors, ("A", 2))})
+        if self.matcher.class_num != self.num_classes:
             raise ValueError(
-                f"{type(self).__name__}: {name} must have an entry per level, got none"
+                f"{name}: matcher.class_num must be num_classes = {self.num_classes}, got "
+                f"{self.matcher.class_num}"
+            )
+
+    def _check_shapes(self, **arguments: tuple[Any, tuple[str | int, ...]]) -> None:
+        """Of arguments on the device of vec2box, with its A anchors."""
+        anchors = {"vec2box.anchor_grid": (self._anchors, ("A", 2))}
+        check_shapes(type(self).__name__, **anchors, **arguments)
+
+    def _check_head(self, name: str, head: Sequence[Level], n_images: int) -> None:
+        name = f"{type(self).__name__}: {name}"
+        strides, device = self.vec2box.strides, self._anchors.device
+        if not isinstance(head, (tuple, list)):
+            raise TypeError(f"{name} must be a list with an entry per level, got {type(head)}")
+        if len(head) != len(strides):
+            raise ValueError(
+                f"{name} must have an entry per level, got {len(head) or 'none'} for strides "
+                f"{list(strides)} of vec2box"
             )
         # Another module in the slot has bins of its own.
         bins: str | int = "bins"
-        if isinstance(self.loss_dfl, DFLoss) and is_ours(self.loss_dfl):
+        if _is_plain(self.loss_dfl, DFLoss, "forward"):
             bins = self.loss_dfl.reg_max
         for i, level in enumerate(head):
-            place = f"{type(self).__name__}: {name}, level {i}"
+            place = f"{name}, level {i}"
             if not isinstance(level, (tuple, list)) or len(level) != 3:
                 raise TypeError(
                     f"{place} must be (classes, distributions, distances), got {type(level)}"
@@ -131,37 +207,42 @@ class YOLOv9Criterion(nn.Module):
                 distributions=(distributions, (n_images, bins, 4, "h", "w")),
                 distances=(distances, (n_images, 4, "h", "w")),
             )
+            if classes.device != device and classes.numel():
+                raise ValueError(
+                    f"{place} must be on {device} as vec2box is, got {classes.device}: call "
+                    "vec2box.update(image_size, device)"
+                )
+        sizes = [(boxes.shape[2], boxes.shape[3]) for _, _, boxes in head]
+        if self._map_sizes is None:
+            n_anchors = sum(height * width for height, width in sizes)
+            if n_anchors != len(self._anchors):
+                raise ValueError(
+                    f"{name} must have the {len(self._anchors)} anchors of vec2box, got "
+                    f"{n_anchors} on levels of (h, w) = {sizes}"
+                )
+            return
+        for i, (size, expected) in enumerate(zip(sizes, self._map_sizes, strict=True)):
+            if size != expected:
+                raise ValueError(
+                    f"{name}, level {i} must have (h, w) = {expected} at stride {strides[i]}, got "
+                    f"{size}: {why_no_fit(self.vec2box, sizes, self._map_sizes)}"
+                )
 
-    def _check_anchors(self, head: Sequence[Level]) -> None:
-        grid = self.vec2box.anchor_grid
-        n_anchors = sum(boxes.shape[-2:].numel() for _, _, boxes in head)
-        if n_anchors != len(grid) or head[0][0].device != grid.device:
-            raise ValueError(
-                f"predictions of {n_anchors} anchors on {head[0][0].device} do not fit vec2box "
-                f"with {len(grid)} on {grid.device}: call vec2box.update(image_size, device)"
-            )
-
-    def _losses(
+    def _fused(
         self, heads: Sequence[Sequence[Level]], targets: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Classification, distribution and box losses, (heads,) each. Heads are matched at once."""
-        slots = (self.loss_cls, BCELoss), (self.loss_dfl, DFLoss), (self.loss_iou, BoxLoss)
-        if not all(isinstance(loss, kind) and is_ours(loss) for loss, kind in slots):
-            return self._losses_as_otx(heads, targets)
         n_heads = len(heads)
         labels = targets[..., 0].long()
-        gt_boxes = real_boxes(targets, self.num_classes)
         with torch.no_grad():
-            found = self.matcher.match(
-                torch.cat([self.vec2box.decode(head) for head in heads]),
-                cat([_logits_of(labels, head) for head in heads]),
-                gt_boxes.repeat(n_heads, 1, 1),
-            )
+            grid, scaler = self.vec2box.anchor_grid, self.vec2box.scaler
+            boxes = torch.cat([decoded(head, grid, scaler) for head in heads])
+            gt_boxes = real_boxes(targets, self.num_classes).to(boxes.dtype).repeat(n_heads, 1, 1)
+            logits = cat([_logits_of(labels, head) for head in heads])
+            found = self.matcher.match(boxes, logits, gt_boxes)
             norm = _by_head(found.score, heads).sum((1, 2))
             norm = torch.where(norm > 0, norm, 1)
-        dtype = arithmetic_dtype(heads[0][0][2])
-        pairs = _Pairs(self.vec2box, found, gt_boxes.repeat(n_heads, 1, 1), dtype)
-        assert isinstance(self.loss_dfl, DFLoss)
+        pairs = _Pairs(self.vec2box, found, gt_boxes)
         cls = self._loss_cls(heads, labels.repeat(n_heads, 1), found) / norm
         dfl = pairs.distribution_loss(heads, self.loss_dfl.reg_max) / norm
         return cls, dfl, pairs.box_loss(heads) / norm
@@ -189,35 +270,55 @@ class YOLOv9Criterion(nn.Module):
             ]
         )
 
-    def _losses_as_otx(
+    def _as_otx(
         self, heads: Sequence[Sequence[Level]], targets: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The three modules called with OTX's arguments; box_norm's length is read by the host."""
+        """All parts called with OTX's arguments, in its order; the host reads box_norm's length."""
         terms = []
         for head in heads:
-            classes, anchors, boxes = self.vec2box(head)
+            classes, distributions, boxes = self._flattened(head)
             aligned, valid = self.matcher(targets, (classes.detach(), boxes.detach()))
             target_cls, target_boxes = self.separate_anchor(aligned)
+            self._check_shapes(
+                **{
+                    "classes of vec2box": (classes, ("B", "A", self.num_classes)),
+                    "distributions of vec2box": (distributions, ("B", "A", 4, "bins")),
+                    "boxes of vec2box": (boxes, ("B", "A", 4)),
+                    "mask of matcher": (valid, ("B", "A")),
+                    "scores of separate_anchor": (target_cls, ("B", "A", self.num_classes)),
+                    "boxes of separate_anchor": (target_boxes, ("B", "A", 4)),
+                },
+            )
             cls_norm = target_cls.sum()
             cls_norm = torch.where(cls_norm > 0, cls_norm, 1)
             box_norm = target_cls.sum(-1)[valid]
             boxes = boxes / self.vec2box.scaler.unsqueeze(-1)
-            terms.append(
-                torch.stack(
-                    [
-                        self.loss_cls(classes, target_cls, cls_norm),
-                        self.loss_dfl(anchors, target_boxes, valid, box_norm, cls_norm),
-                        self.loss_iou(boxes, target_boxes, valid, box_norm, cls_norm),
-                    ]
-                )
-            )
+            pairs = target_boxes, valid, box_norm, cls_norm
+            cls = self.loss_cls(classes, target_cls, cls_norm)
+            iou = self.loss_iou(boxes, *pairs)
+            dfl = self.loss_dfl(distributions, *pairs)
+            terms.append(torch.stack([cls, dfl, iou]))
         cls, dfl, iou = torch.stack(terms, 1).unbind()
         return cls, dfl, iou
+
+    def _flattened(self, head: Sequence[Level]) -> tuple[Tensor, Tensor, Tensor]:
+        if callable(self.vec2box):
+            classes, distributions, boxes = self.vec2box(head)
+            return classes, distributions, boxes
+        return *flattened(head), decoded(head, self.vec2box.anchor_grid, self.vec2box.scaler)
 
     def separate_anchor(self, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """Split aligned targets (B, A, C + 4) into scores and boxes in strides (B, A, 4)."""
         scores, boxes = anchors.split((self.num_classes, 4), dim=-1)
         return scores, boxes / self.vec2box.scaler.unsqueeze(-1)
+
+
+def _is_plain(x: Any, kind: type, *methods: str) -> bool:
+    """Whether x is of a kind, with methods that neither a subclass nor the object overrides."""
+    if not isinstance(x, kind):
+        return False
+    of_class = [getattr(type(x), name) is getattr(kind, name) for name in methods]
+    return all(of_class) and not any(name in x.__dict__ for name in methods)
 
 
 def _by_head(x: Tensor, heads: Sequence[Sequence[Level]]) -> Tensor:
@@ -254,12 +355,10 @@ def _logits_of(labels: Tensor, head: Sequence[Level]) -> list[Tensor]:
 class _Pairs:
     """The matched slots of all heads, in strides of their anchors: what box losses compare."""
 
-    def __init__(
-        self, vec2box: Vec2Box, found: Candidates, gt_boxes: Tensor, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, vec2box: Vec2Box, found: Candidates, gt_boxes: Tensor) -> None:
         self.anchor, self.score = found.anchor, found.score
         # The quotient of two integers would be in torch's default dtype.
-        stride = vec2box.scaler[found.anchor].unsqueeze(-1).to(dtype)
+        stride = vec2box.scaler[found.anchor].unsqueeze(-1).to(gt_boxes.dtype)
         self.centre = vec2box.anchor_grid[found.anchor] / stride
         index = found.target.unsqueeze(-1).expand(-1, -1, 4)
         self.boxes = gt_boxes.gather(1, index) / stride
