@@ -148,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
 def _check_environment() -> None:
     try:
         backend.check_environment()
+        validate.check_environment()
     except ValueError as error:
         raise InputError(str(error)) from None
 

@@ -79,12 +79,17 @@ def settled(x: Tensor) -> Tensor:
     return _copied(x) if torch.compiler.is_compiling() else x
 
 
+@opaque("(Tensor x, Tensor k) -> Tensor", lambda x, k: x.new_empty(x.shape, dtype=torch.bool))
 def hardest(x: Tensor, k: Tensor) -> Tensor:
     """(N, A) mask of the k largest of each row of x (N, A), for k (N, 1) from 0 on.
 
     How many they are is known on the device only: they are those above a threshold, and of those at
     it the first. NaN is above all and always taken, and where the k-th is NaN, so is the row.
     """
+    # Opaque as a whole: of a cumsum over (16, 8732) anchors Inductor of torch 2.11 makes code for a
+    # GPU that does not run, and as torch's own it costs no more there than in an eager step.
+    if x.numel() == 0:
+        return torch.zeros_like(x, dtype=torch.bool)
     threshold = _kth_largest(x, k.clamp(1, x.shape[1]))
     taken = ~(x < threshold)
     if backend.is_eager_cpu(x.device) and (taken.sum(1, keepdim=True) == k).numpy().all():
@@ -95,10 +100,7 @@ def hardest(x: Tensor, k: Tensor) -> Tensor:
     return (above | (at & (at.cumsum(1) <= left))) & (k > 0)
 
 
-@opaque("(Tensor x, Tensor k) -> Tensor", lambda x, k: x.new_empty(k.shape))
 def _kth_largest(x: Tensor, k: Tensor) -> Tensor:
-    if x.numel() == 0:
-        return x.new_zeros(k.shape)
     # A host that is the device may look how many are needed; all are a sort.
     most = int(k.numpy().max()) if backend.is_cached_by_cpu(x.device) else x.shape[1]
     return x.topk(most, dim=1).values.gather(1, k - 1)

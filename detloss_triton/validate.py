@@ -1,8 +1,8 @@
 """Checks of values, off unless asked for: to look at a value is to wait for the device.
 
-`DETLOSS_VALIDATE=1` turns them on; it is read once, at import. A criterion states what each of its
-arguments must hold, in one call of `check` behind `if enabled()`: off, that is all there is of it,
-in eager mode as in a compiled graph.
+`DETLOSS_VALIDATE=1` turns them on; it is read once, at import, and a word that is no answer is
+refused when a criterion asks. A criterion states what its arguments must hold, by `check` behind
+`if enabled()`: off, that is all there is of it, in eager mode as in a compiled graph.
 """
 
 from __future__ import annotations
@@ -16,11 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_enabled = os.environ.get("DETLOSS_VALIDATE", "0") not in ("", "0")
+_ON, _OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
+_asked = os.environ.get("DETLOSS_VALIDATE", "")
+_word = _asked.strip().lower()
+_enabled: bool | None = _word in _ON if _word in _ON + _OFF else None
+
+
+def check_environment() -> None:
+    """Raise ValueError where DETLOSS_VALIDATE says neither on nor off, nor has `validation`."""
+    if _enabled is None:
+        words = ", ".join((*_ON, *_OFF[:-1]))
+        raise ValueError(f"DETLOSS_VALIDATE must be one of {words}, or empty, got {_asked!r}")
 
 
 def enabled() -> bool:
-    return _enabled
+    """Whether values are checked.
+
+    Raises:
+        ValueError: where the environment says neither on nor off.
+    """
+    check_environment()
+    return bool(_enabled)
 
 
 def validation(on: bool) -> ExitStack:
@@ -31,7 +47,7 @@ def validation(on: bool) -> ExitStack:
     return restore
 
 
-def _enable(on: bool) -> None:
+def _enable(on: bool | None) -> None:
     global _enabled
     _enabled = on
 
@@ -122,6 +138,11 @@ def _is_no_box(x1: Tensor, y1: Tensor, x2: Tensor, y2: Tensor) -> Tensor:
     return ~(finite & (x2 >= x1) & (y2 >= y1))
 
 
+def _are_apart(x: Tensor) -> Tensor:
+    box, anchor = x.split(4, -1)
+    return ((box[..., :2] > anchor[..., 2:]) | (anchor[..., :2] > box[..., 2:])).any(-1)
+
+
 def _is_no_size(x: Tensor) -> Tensor:
     return ~(x.isfinite().all(-1) & (x[..., 2:] >= 0).all(-1))
 
@@ -129,8 +150,13 @@ def _is_no_size(x: Tensor) -> Tensor:
 FINITE = Rule("a finite number", lambda x: ~x.isfinite())
 NOT_NEGATIVE = Rule("a finite number, at least 0", lambda x: ~(x.isfinite() & (x >= 0)))
 POSITIVE = Rule("a finite number above 0", lambda x: ~(x.isfinite() & (x > 0)))
+# An IoU, or what is made of one, may round to a little more than 1.
+FRACTION = Rule("a number in [0, 1]", lambda x: ~((x >= 0) & (x <= 1.001)))
+NOTHING = Rule("0, as the label is no class", lambda x: x != 0)
 # Boxes without area are legal: data sets have them, and the losses take them.
 XYXY = Rule("finite x1, y1, x2, y2 with x2 >= x1 and y2 >= y1", lambda x: _is_no_box(*x.unbind(-1)))
+# Of the eight numbers of both, as they fail in other units than each other's.
+MEETS_ANCHOR = Rule("a box that meets its anchor, given after it", _are_apart)
 CXCYWH = Rule("finite cx, cy, w, h with w >= 0 and h >= 0", _is_no_size)
 
 # Boxes in units of their image are not larger, also where they stick out of it by its size.
@@ -144,7 +170,14 @@ def a_class(n_classes: int) -> Rule:
     return Rule(f"a label in [0, {n_classes})", lambda x: (x < 0) | (x >= n_classes))
 
 
-def a_class_or_background(n_classes: int) -> Rule:
+def a_class_or_background(n_classes: int, ignores: bool = True) -> Rule:
+    """Args: ignores: whether the loss leaves out IGNORED_LABELS, or takes them as background."""
+    if not ignores:
+        return Rule(
+            f"a label in [0, {n_classes}), or {n_classes} for background, where label_weights is "
+            "not 0",
+            lambda x: (x < 0) | (x > n_classes),
+        )
     ignored = ", ".join(map(str, IGNORED_LABELS))
     return Rule(
         f"a label in [0, {n_classes}), {n_classes} for background, or {ignored} to ignore it",

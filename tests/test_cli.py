@@ -252,17 +252,26 @@ def test_wrong_arguments_are_refused(
 
 
 @pytest.mark.parametrize("command", [["info"], ["check"], ["train", *TINY]], ids=lambda c: c[0])
-def test_a_wrong_environment_is_refused(command: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("variable", "words"),
+    [
+        ("DETLOSS_BACKEND", "auto, triton, torch"),
+        ("DETLOSS_VALIDATE", "1, true, yes, on, 0, false, no, off, or empty"),
+    ],
+)
+def test_a_wrong_environment_is_refused(
+    command: list[str], variable: str, words: str, tmp_path: Path
+) -> None:
     result = subprocess.run(
         [*COMMAND, *command],
         cwd=tmp_path,
-        env={**os.environ, "DETLOSS_BACKEND": "gpu"},
+        env={**os.environ, variable: "gpu"},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert result.returncode == 2
-    expected = "DETLOSS_BACKEND must be one of auto, triton, torch, got 'gpu'"
+    expected = f"{variable} must be one of {words}, got 'gpu'"
     assert result.stderr.splitlines() == [f"detloss {command[0]}: error: {expected}"]
 
 

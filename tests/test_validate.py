@@ -66,7 +66,7 @@ def test_what_teaches_nothing_may_hold_anything(device: torch.device) -> None:
     labels, weights = atss.inputs["labels"][0], atss.inputs["label_weights"][0]
     atss.inputs["bbox_targets"][0][labels == 5] = NAN
     labels[0, :3] = torch.tensor([-1, -100, 99], device=device)
-    weights[0, 2] = 0
+    weights[0, :3] = 0
     rtmdet = BUILDERS["rtmdet"]().on(device)
     with torch.no_grad():
         rtmdet.inputs["bbox_pred"][0].copy_(rtmdet.inputs["bbox_pred"][0].flip(-1))
@@ -75,9 +75,31 @@ def test_what_teaches_nothing_may_hold_anything(device: torch.device) -> None:
     targets[1, -1] = torch.tensor([-1, NAN, 5, -INF, 0], device=device)
     ssd = BUILDERS["ssd"]().on(device)
     ssd.inputs["avg_factor"] = 0
+    ssd.inputs["labels"][0, :2] = torch.tensor([-1, -100], device=device)
+    ssd.inputs["label_weights"][0, :2] = 1
+    ssd.inputs["bbox_weights"][0, :2] = 0
     with validation(True):
         for batch in (atss, rtmdet, yolov9, ssd):
             made(batch, device)(**batch.inputs)
+
+
+@pytest.mark.parametrize("label", [-1, -100])
+@pytest.mark.parametrize("name", ["atss", "rtmdet"])
+def test_focal_losses_ignore_no_label(name: str, label: int, device: torch.device) -> None:
+    """One of weight is background to them, so it is refused; to cross-entropy it is nothing."""
+    batch = BUILDERS[name](positives=0.0).on(device)
+    labels, weights = batch.inputs["labels"][0], batch.inputs["label_weights"][0]
+    weights.fill_(1)
+    criterion = made(batch, device)
+    background = criterion(**batch.inputs)["loss_cls"][0]
+    labels[0, 3] = label
+    torch.testing.assert_close(criterion(**batch.inputs)["loss_cls"][0], background)
+    message = r"labels, level 0, image 0, entry \[3\]: .*where label_weights is not 0, got -1"
+    with validation(True), pytest.raises(ValueError, match=message):
+        criterion(**batch.inputs)
+    if name == "atss":
+        with validation(True):
+            made(batch, device, loss_cls=dt.CrossEntropyLoss(use_sigmoid=True))(**batch.inputs)
 
 
 def put(argument: str, *index: int, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -110,13 +132,42 @@ def replaced(argument: str, value: Any) -> Callable[[dict[str, Any]], None]:
     return lambda inputs: inputs.__setitem__(argument, value)
 
 
+def one_based(argument: str) -> Callable[[dict[str, Any]], None]:
+    """Labels of objects from 1 on, so that the last class looks like background."""
+
+    def change(inputs: dict[str, Any]) -> None:
+        levels = inputs[argument]
+        for labels in levels if isinstance(levels, list) else [levels]:
+            labels[labels < 5] += 1
+
+    return change
+
+
+def scaled(argument: str, factor: float) -> Callable[[dict[str, Any]], None]:
+    """An argument in other units: boxes in [0, 1] for boxes in pixels, per cent for shares."""
+
+    def change(inputs: dict[str, Any]) -> None:
+        levels = inputs[argument]
+        for x in levels if isinstance(levels, list) else [levels]:
+            x.mul_(factor)
+
+    return change
+
+
+def deltas(inputs: dict[str, Any]) -> None:
+    """What the coder encodes, sorted so that they pass for boxes."""
+    for level, anchors in enumerate(inputs["anchors"]):
+        codes = dt.DeltaXYWHBBoxCoder().encode(anchors, inputs["bbox_targets"][level])
+        inputs["bbox_targets"][level] = codes.sort(-1).values
+
+
 CROSSED = [5.0, 1.0, 2.0, 9.0]
 DENSE: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
     (
         "atss",
         put("labels", 2, 1, 3, value=7),
-        r"ATSSCriterion: labels, level 2, image 1, entry \[3\]: expected a label in \[0, 5\), "
-        r"5 for background, or -1, -100 to ignore it, got 7",
+        r"ATSSCriterion: labels, level 2, image 1, entry \[3\]: expected a label in \[0, 5\), or "
+        r"5 for background, where label_weights is not 0, got 7",
     ),
     ("atss", put("labels", 0, 1, 3, value=-2), r"labels, level 0, image 1, .*got -2"),
     ("atss", put("labels", 0, 1, 3, value=2**40), r"labels, level 0, image 1, .*got 1099511627776"),
@@ -130,6 +181,15 @@ DENSE: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
     ("atss", put("label_weights", 0, 1, 0, value=-1), "label_weights, level 0, image 1.*got -1.0"),
     ("atss", replaced("avg_factor", NAN), "avg_factor: expected a finite number above 0, got nan"),
     ("atss", replaced("avg_factor", 0), "avg_factor: expected a finite number above 0, got 0"),
+    ("atss", scaled("bbox_targets", 1 / 64), "bbox_targets, level 0, .* that meets its anchor, gi"),
+    ("atss", scaled("anchors", 1 / 64), "bbox_targets, level 0, .* that meets its anchor, given"),
+    ("atss", deltas, "bbox_targets, level 0, .* that meets its anchor, given after it, got "),
+    ("rtmdet", one_based("labels"), "assign_metrics, level 0, .* 0, as the label is no class, got"),
+    ("rtmdet", scaled("assign_metrics", 100), "assign_metrics, level 0, .* a number in .0, 1., go"),
+    ("rtmdet", put("assign_metrics", 0, 1, 3, value=-0.1), "assign_metrics, level 0, .*, got -0.1"),
+    ("ssd", one_based("labels"), "bbox_weights, image 0, .* 0, as the label is no class, got 1.0"),
+    ("yolox", scaled("cls_targets", 100), "cls_targets, image 0, positive 0: .* a number in .0, 1"),
+    ("yolox", scaled("obj_targets", 255), "obj_targets, image 0, .* a number in .0, 1., got 255.0"),
     ("rtmdet", put("labels", 0, 1, 3, value=6), "RTMDetCriterion: labels, level 0, image 1"),
     ("rtmdet", put("bbox_pred", 0, 1, 3, value=NAN), "bbox_pred, level 0, image 1.*got nan"),
     ("rtmdet", put("assign_metrics", 1, 1, 3, value=INF), "assign_metrics, level 1, image 1"),
@@ -270,12 +330,31 @@ def test_the_environment_turns_validation_on() -> None:
 import importlib, os
 from detloss_triton import validate
 found = [validate.enabled()]
-for value in ("1", "0", ""):
+for value in ("1", "0", "", "true", "Yes", "ON", "false", "No", "OFF", " "):
     os.environ["DETLOSS_VALIDATE"] = value
     found.append(importlib.reload(validate).enabled())
-print(found)
+print(*map(int, found))
 """
-    assert python(code).stdout.strip() == "[False, True, False, False]"
+    assert python(code).stdout.strip() == "0 1 0 0 1 1 1 0 0 0 0"
+
+
+def test_a_word_that_is_no_answer_is_refused() -> None:
+    """By a criterion, not at import; whoever says on or off in the program has the last word."""
+    from test_backend import python
+
+    code = """
+import detloss_triton as dt
+from detloss_triton.bench.batches import ssd
+batch = ssd()
+with dt.validation(False):
+    batch.make()(**batch.inputs)
+print("imported")
+batch.make()(**batch.inputs)
+"""
+    run = python(code, DETLOSS_VALIDATE="maybe")
+    assert run.stdout.strip() == "imported"
+    words = "1, true, yes, on, 0, false, no, off, or empty"
+    assert f"ValueError: DETLOSS_VALIDATE must be one of {words}, got 'maybe'" in run.stderr
 
 
 def test_messages_are_one_line() -> None:

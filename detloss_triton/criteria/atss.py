@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from detloss_triton.reduction import rank_means
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
     FINITE,
+    MEETS_ANCHOR,
     NOT_NEGATIVE,
     POSITIVE,
     XYXY,
@@ -24,32 +25,51 @@ from detloss_triton.validate import (
     enabled,
 )
 
+from .arguments import detached
 from .levels import (
+    as_divisor,
     as_rows,
+    at_positives,
     boxes_by_level,
     check_images,
     check_levels,
     check_maps,
-    decoded,
+    ignores_labels,
+    is_our_coder,
     is_ours,
     is_positive,
     joined,
     of_all,
     of_positives,
     ours_by_level,
+    refuse_overrides,
+    takes,
 )
 
 # The quality of a positive whose box misses its target altogether.
 _MIN_QUALITY = 1e-6
 
+# What OTX's forward calls level by level.
+_NOT_CALLED = (
+    "_forward",
+    "_get_pos_inds",
+    "_get_loss_cls",
+    "_get_loss_bbox",
+    "_get_loss_centerness",
+)
+
 
 class ATSSCriterion(nn.Module):
     """Losses of ATSS (Zhang et al., 2020, https://arxiv.org/abs/1912.02424).
+
+    Coders and modules that are not this library's, and an overridden `centerness_target`, are
+    called as OTX calls them: level by level, for the positives, whose number the host reads.
 
     Args:
         num_classes: number of object classes C; label C is background.
         bbox_coder: decodes boxes, e.g. `DeltaXYWHBBoxCoder`.
         loss_cls, loss_bbox, loss_centerness: modules; centerness defaults to binary cross-entropy.
+            `loss_cls` is handed `valid_label_mask` if its forward names it.
         use_qfl: classify with quality focal loss, the IoU of the decoded box as the quality.
         qfl_cfg: the module to use then, or the arguments of a `QualityFocalLoss`.
         reg_decoded_bbox: `loss_bbox` compares decoded boxes, else what the coder encodes.
@@ -70,17 +90,19 @@ class ATSSCriterion(nn.Module):
     ) -> None:
         super().__init__()
         if use_qfl:
-            if isinstance(qfl_cfg, nn.Module):
-                loss_cls = qfl_cfg
-            else:
+            if qfl_cfg is None or isinstance(qfl_cfg, Mapping):
                 loss_cls = QualityFocalLoss(**(qfl_cfg or {}))
+            else:
+                loss_cls = qfl_cfg
         self.num_classes = num_classes
         self.bbox_coder = bbox_coder
         self.use_qfl = use_qfl
         self.reg_decoded_bbox = reg_decoded_bbox
         self.bg_loss_weight = bg_loss_weight
         self.loss_bbox = loss_bbox
-        self.loss_centerness = loss_centerness or CrossEntropyLoss(use_sigmoid=True)
+        if loss_centerness is None:
+            loss_centerness = CrossEntropyLoss(use_sigmoid=True)
+        self.loss_centerness = loss_centerness
         self.loss_cls = loss_cls
         self.use_sigmoid_cls = getattr(loss_cls, "use_sigmoid", True)
         self.cls_out_channels = num_classes if self.use_sigmoid_cls else num_classes + 1
@@ -104,16 +126,24 @@ class ATSSCriterion(nn.Module):
 
         Shapes, each a list over levels with n = H * W * k anchors:
             anchors (N, n, 4) xyxy; cls_score (N, k * C, H, W) logits; bbox_pred (N, k * 4, H, W);
-            centerness (N, k, H, W) logits; labels (N, n) in [0, C]; label_weights (N, n);
+            centerness (N, k, H, W) logits; labels (N, n) in [0, C], anything where their weight is
+            0; label_weights (N, n);
             bbox_targets (N, n, 4) xyxy; valid_label_mask (N, n, C) or (N, n, 1).
 
         Returns:
             {"loss_cls": [...], "loss_bbox": [...], "loss_centerness": [...]}, 0-dim per level.
 
         Raises:
-            TypeError, ValueError: for an argument that does not fit its level's labels.
+            TypeError, ValueError: for an argument that does not fit its level's labels; for an
+                `avg_factor` that is no number.
+            TypeError: for a subclass that overrides a method of OTX's which is not called.
         """
+        refuse_overrides(self, *_NOT_CALLED)
+        anchors, labels, label_weights, bbox_targets, valid_label_mask = detached(
+            (anchors, labels, label_weights, bbox_targets, valid_label_mask)
+        )
         check_levels(
+            self,
             anchors=anchors,
             cls_score=cls_score,
             bbox_pred=bbox_pred,
@@ -134,6 +164,7 @@ class ATSSCriterion(nn.Module):
                 bbox_pred=(bbox_pred[level], 4),
                 centerness=(centerness[level], 1),
             )
+        avg_factor = as_divisor(self, "avg_factor", avg_factor, labels[0])
         sizes = [level.shape[1] for level in labels]
         # What is small is joined: an operation on all levels costs what one on a level does.
         is_object = is_positive(torch.cat(list(labels), 1), self.num_classes)
@@ -145,22 +176,24 @@ class ATSSCriterion(nn.Module):
                 cls_score=FINITE(cls_score),
                 bbox_pred=FINITE(bbox_pred),
                 centerness=FINITE(centerness),
-                labels=a_class_or_background(self.num_classes)(labels, label_weights),
+                labels=a_class_or_background(self.num_classes, ignores_labels(self.loss_cls))(
+                    labels, label_weights
+                ),
                 label_weights=NOT_NEGATIVE(label_weights),
                 bbox_targets=(XYXY if self.reg_decoded_bbox else FINITE)(bbox_targets, positive),
                 valid_label_mask=NOT_NEGATIVE(valid_label_mask),
                 avg_factor=POSITIVE(avg_factor),
             )
+            if self.reg_decoded_bbox:
+                pairs = zip(bbox_targets, anchors, strict=True)
+                both = [torch.cat(pair, -1) for pair in pairs]
+                check(self, bbox_targets=MEETS_ANCHOR(both, positive))
         grid, targets = joined(anchors), joined(bbox_targets)
         with torch.no_grad():
-            centred = torch.where(is_object, self.centerness_target(grid, targets), 0)
+            centred = self._centerness(grid, targets, is_object, sizes)
         (box_norm,) = rank_means(centred.sum())
-        # What background predicts is not looked at, so that whatever it is, its gradient is 0.
-        boxes = torch.cat([as_rows(level, 4) for level in bbox_pred], 1)
-        if self.reg_decoded_bbox:
-            boxes = decoded(self.bbox_coder, grid, boxes, is_object.to(centred.dtype))
-        else:
-            boxes = torch.where(is_object.unsqueeze(-1), boxes, 0)
+        codes = torch.cat([as_rows(level, 4) for level in bbox_pred], 1)
+        boxes = self._boxes(grid, codes, is_object, sizes)
         return {
             "loss_cls": [
                 self._loss_cls(
@@ -206,6 +239,29 @@ class ATSSCriterion(nn.Module):
             valid_label_mask=(valid_label_mask, (n_images, "n", width)),
         )
 
+    def _centerness(
+        self, anchors: Tensor, targets: Tensor, is_object: Tensor, sizes: Sequence[int]
+    ) -> Tensor:
+        """(B, n) centerness of the positives, 0 elsewhere; a user's function is called for them."""
+        method = type(self).centerness_target
+        if method is ATSSCriterion.centerness_target and "centerness_target" not in self.__dict__:
+            return torch.where(is_object, self.centerness_target(anchors, targets), 0)
+        blank = torch.zeros_like(anchors[..., 0])
+        return at_positives(self.centerness_target, blank, is_object, sizes, anchors, targets)
+
+    def _boxes(
+        self, anchors: Tensor, codes: Tensor, is_object: Tensor, sizes: Sequence[int]
+    ) -> Tensor:
+        """(B, n, 4) boxes as `loss_bbox` compares them. What background predicts is not looked at,
+        so that whatever it is, its gradient is 0."""
+        if self.reg_decoded_bbox and is_our_coder(self.bbox_coder):
+            return self.bbox_coder.decode(anchors, codes, weight=is_object.to(anchors.dtype))
+        blank = torch.where(is_object.unsqueeze(-1), codes, 0)
+        if not self.reg_decoded_bbox:
+            return blank
+        decode = self.bbox_coder.decode
+        return at_positives(decode, at_least_float32(blank), is_object, sizes, anchors, codes)
+
     def _loss_centerness(
         self,
         logits: Tensor,
@@ -246,12 +302,19 @@ class ATSSCriterion(nn.Module):
                     boxes.detach(), targets, mode="linear", eps=_MIN_QUALITY, keep=boxes.dim() - 1
                 )
                 quality = torch.where(is_object, 1 - missed, 0)
-            return of_all(self.loss_cls, scores, (labels, quality), weights, avg_factor=avg_factor)
+            target: Tensor | tuple[Tensor, Tensor] = (labels, quality)
+        else:
+            target = labels
         kwargs: dict[str, Any] = {"avg_factor": avg_factor}
-        # OTX hands it to its own focal loss and what is derived from it, to no other module.
-        if isinstance(self.loss_cls, CrossSigmoidFocalLoss):
+        if self._masks():
             kwargs["valid_label_mask"] = valid_label_mask
-        return of_all(self.loss_cls, scores, labels, weights, **kwargs)
+        return of_all(self.loss_cls, scores, target, weights, **kwargs)
+
+    def _masks(self) -> bool:
+        """Whether `loss_cls` leaves out classes by a mask: focal losses do, ours and OTX's."""
+        if is_ours(self.loss_cls):
+            return isinstance(self.loss_cls, CrossSigmoidFocalLoss)
+        return takes(self.loss_cls, "valid_label_mask")
 
     def centerness_target(self, anchors: Tensor, gts: Tensor) -> Tensor:
         """sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) of anchor centres in boxes.

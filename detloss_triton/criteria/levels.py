@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from detloss_triton import losses
-from detloss_triton.coders import DeltaXYWHBBoxCoder, DistancePointBBoxCoder
+from detloss_triton import backend, coders, losses
 from detloss_triton.precision import at_least_float32
 from detloss_triton.reduction import EPS32
 from detloss_triton.shapes import check_shapes
@@ -19,12 +20,16 @@ def is_ours(module: Any) -> bool:
     """Whether a module's forward is this library's and nobody listens: that of a subclass may be
     the user's own, and a hook expects what OTX calls the module with.
 
-    Ours run fused, on (batch, anchors) rows; a stranger's is called as OTX calls it.
+    Ours run fused, on (batch, anchors) rows; a stranger's is called as OTX calls it. So is one that
+    does not reduce its losses, as they are then handed out in the shape of what they are of.
     """
     if not isinstance(module, nn.Module) or "forward" in module.__dict__ or has_hooks(module):
         return False
+    kind = type(module)
+    if kind.__call__ is not nn.Module.__call__ or getattr(module, "reduction", "") == "none":
+        return False
     # Not of the bound method: Dynamo of torch 2.11 takes its module for another object.
-    name: str = type(module).forward.__module__
+    name: str = kind.forward.__module__
     return name == losses.__name__
 
 
@@ -36,6 +41,49 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def is_our_coder(coder: Any) -> bool:
+    """Whether a coder's decode is this library's: it takes rows of any shape, and a weight."""
+    decode = getattr(type(coder), "decode", None)
+    replaced = "decode" in getattr(coder, "__dict__", {})
+    return not replaced and getattr(decode, "__module__", "") == coders.__name__
+
+
+def ignores_labels(module: Any) -> bool:
+    """Whether labels of -1 and -100 may be left out by a loss, as a cross-entropy does: to focal
+    losses any label that is no class is background."""
+    return not isinstance(module, (losses.CrossSigmoidFocalLoss, losses.QualityFocalLoss))
+
+
+@torch.compiler.assume_constant_result
+def _names(kind: Any, argument: str) -> bool:
+    """Whether an argument has a name in a function's signature, or in the forward of a class or of
+    one that it is derived from, whose arguments it may collect in **kwargs."""
+    functions = [kind]
+    if isinstance(kind, type):
+        functions = [vars(c)["forward"] for c in kind.__mro__ if "forward" in vars(c)]
+    try:
+        return any(argument in inspect.signature(f).parameters for f in functions)
+    except (TypeError, ValueError):  # written in C
+        return False
+
+
+def takes(module: Any, argument: str) -> bool:
+    """Whether a module, or a function in its place, takes an argument by name."""
+    named: bool = _names(type(module) if isinstance(module, nn.Module) else module, argument)
+    return named
+
+
+def refuse_overrides(criterion: nn.Module, *methods: str) -> None:
+    """Raise TypeError for a method of OTX's that a user overrides and `forward` does not call."""
+    for name in methods:
+        if hasattr(criterion, name):
+            raise TypeError(
+                f"{type(criterion).__name__} overrides {name}, which forward does not call: it "
+                "computes all levels and images at once; override forward, or scale the losses it "
+                "returns"
+            )
 
 
 def joined(levels: Sequence[Tensor]) -> Tensor:
@@ -76,6 +124,28 @@ def of_all(
     return module(
         flat(scores), flat(target), flat(weight), **{k: flat(v) for k, v in kwargs.items()}
     )
+
+
+def at_positives(
+    function: Callable[..., Tensor],
+    blank: Tensor,
+    positive: Tensor,
+    sizes: Sequence[int],
+    *inputs: Tensor,
+) -> Tensor:
+    """What a user's function makes of the positives of each level, laid over `blank` (B, n, ...).
+
+    It gets the (P, ...) rows of its inputs, as from OTX, and is not called where there are none.
+    """
+    out = []
+    for level, here, *rows in zip(
+        *(x.split(sizes, 1) for x in (blank, positive, *inputs)), strict=True
+    ):
+        rows = [x[here] for x in rows]
+        if len(rows[0]):
+            level = level.index_put((here,), function(*rows).to(level.dtype))
+        out.append(level)
+    return torch.cat(out, 1)
 
 
 def of_positives(
@@ -133,24 +203,13 @@ def boxes_by_level(
     return [of_positives(module, *level, avg_factor=1.0) / norm for level in levels]
 
 
-def decoded(coder: Any, anchors: Tensor, codes: Tensor, used: Tensor | None = None) -> Tensor:
-    """Boxes from (B, n, 4) codes: our coders take them as they are, a stranger's as flat rows.
-
-    Codes that are not `used` (B, n), a mask in numbers, are not looked at.
-    """
-    if isinstance(coder, (DeltaXYWHBBoxCoder, DistancePointBBoxCoder)):
-        return coder.decode(anchors, codes, weight=used)
-    if used is not None:
-        codes = torch.where(used.bool().unsqueeze(-1), codes, 0)
-    return coder.decode(anchors.flatten(0, 1), codes.flatten(0, 1)).view_as(codes)
-
-
 def check_maps(place: str, rows: Tensor, /, **maps: tuple[Any, int]) -> None:
     """Raise unless each map, a tensor with its number of features, has the anchors (N, n) of rows.
 
     Raises:
         TypeError: for what is no tensor.
-        ValueError: for another shape; both name the argument, what came and what was expected.
+        ValueError: for another shape, or device than that of the rows, the labels; all name the
+            argument, what came and what was expected.
     """
     images, n = rows.shape
     for name, (x, features) in maps.items():
@@ -167,26 +226,63 @@ def check_maps(place: str, rows: Tensor, /, **maps: tuple[Any, int]) -> None:
                 f"k * H * W = {n}, or (N, n, {features}) = ({images}, {n}, {features}), "
                 f"got {tuple(x.shape)}"
             )
+        check_device(place, name, x, rows)
+
+
+def check_device(place: str, name: str, x: Tensor, labels: Tensor) -> None:
+    """Raise ValueError for another device than that of the labels; a tensor of nothing is free."""
+    if x.device != labels.device and x.numel() and labels.numel():
+        raise ValueError(
+            f"{place}: {name} must be on {labels.device} as the labels are, got {x.device}"
+        )
 
 
 def check_images(criterion: nn.Module, labels: Sequence[Any]) -> tuple[int, list[str]]:
     """The number of images, and what an error about each level begins with."""
     places = [f"{type(criterion).__name__}, level {level}" for level in range(len(labels))]
     check_shapes(places[0], labels=(labels[0], ("N", "n")))
+    for place, level in zip(places, labels, strict=True):
+        if isinstance(level, Tensor):
+            check_device(place, "labels", level, labels[0])
     return labels[0].shape[0], places
 
 
-def check_levels(**levels: Sequence[Any]) -> None:
+def check_levels(criterion: nn.Module, /, **levels: Sequence[Any]) -> None:
     """Raise unless every argument is a list of tensors of one common length, which is not 0."""
-    lengths = {}
-    for name, value in levels.items():
+    name, lengths = type(criterion).__name__, {}
+    for argument, value in levels.items():
         if not isinstance(value, (list, tuple)):
-            raise TypeError(f"{name} must be a list of tensors, one per level, got {type(value)}")
-        lengths[name] = len(value)
+            kind = type(value).__name__
+            raise TypeError(
+                f"{name}: {argument} must be a list of tensors, one per level, got {kind}"
+            )
+        lengths[argument] = len(value)
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"all arguments must have one entry per level, got {lengths}")
+        raise ValueError(f"{name}: all arguments must have one entry per level, got {lengths}")
     if not all(lengths.values()):
-        raise ValueError(f"{', '.join(lengths)}: expected one entry per level, got none")
+        raise ValueError(f"{name}: {', '.join(lengths)}: expected one entry per level, got none")
+
+
+def as_divisor(criterion: nn.Module, name: str, value: Any, like: Tensor) -> float | Tensor:
+    """What losses are divided by: a number, or a tensor of one, which has no dimension then.
+
+    Raises:
+        TypeError: for what is no number, a flag included.
+        ValueError: for a tensor of several, or of another device than `like`; the host's is right
+            beside any.
+    """
+    place = f"{type(criterion).__name__}: {name}"
+    if isinstance(value, Tensor):
+        if value.dtype == torch.bool or value.is_complex():
+            raise TypeError(f"{place} must be a number, got a tensor of {value.dtype}")
+        if value.numel() != 1:
+            raise ValueError(f"{place} must be one number, got shape {tuple(value.shape)}")
+        if value.device != like.device and not backend.is_cached_by_cpu(value.device):
+            raise ValueError(f"{place} must be on {like.device}, got {value.device}")
+        return value.detach().reshape(())
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        raise TypeError(f"{place} must be a number, got {type(value).__name__}")
+    return value if isinstance(value, (int, float)) else float(value)
 
 
 def is_positive(labels: Tensor, num_classes: int) -> Tensor:

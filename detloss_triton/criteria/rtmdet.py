@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,23 +14,28 @@ from detloss_triton.reduction import rank_means
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
     FINITE,
+    FRACTION,
     NOT_NEGATIVE,
+    NOTHING,
     XYXY,
     a_class_or_background,
     check,
     enabled,
 )
 
+from .arguments import detached
 from .levels import (
     as_rows,
     boxes_by_level,
     check_images,
     check_levels,
     check_maps,
+    ignores_labels,
     is_ours,
     is_positive,
     joined,
     of_all,
+    refuse_overrides,
 )
 
 
@@ -65,7 +71,8 @@ class RTMDetCriterion(nn.Module):
 
         Shapes, each a list over levels with n = H * W * k anchors:
             cls_score (N, k * C, H, W) logits; bbox_pred (N, n, 4) decoded xyxy, or
-            (N, k * 4, H, W); labels (N, n) in [0, C]; label_weights (N, n);
+            (N, k * 4, H, W); labels (N, n) in [0, C], anything where their weight is 0;
+            label_weights (N, n);
             bbox_targets (N, n, 4) xyxy; assign_metrics (N, n) quality in [0, 1]; stride (x, y).
 
         Returns:
@@ -74,8 +81,14 @@ class RTMDetCriterion(nn.Module):
         Raises:
             ValueError: if a level's strides in x and y differ.
             TypeError, ValueError: for an argument that does not fit its level's labels.
+            TypeError: for a subclass that overrides a method of OTX's which is not called.
         """
+        refuse_overrides(self, "_forward")
+        labels, label_weights, bbox_targets, assign_metrics = detached(
+            (labels, label_weights, bbox_targets, assign_metrics)
+        )
         check_levels(
+            self,
             cls_score=cls_score,
             bbox_pred=bbox_pred,
             labels=labels,
@@ -104,11 +117,14 @@ class RTMDetCriterion(nn.Module):
                 self,
                 cls_score=FINITE(cls_score),
                 bbox_pred=FINITE(bbox_pred),
-                labels=a_class_or_background(self.num_classes)(labels, label_weights),
+                labels=a_class_or_background(self.num_classes, ignores_labels(self.loss_cls))(
+                    labels, label_weights
+                ),
                 label_weights=NOT_NEGATIVE(label_weights),
-                assign_metrics=NOT_NEGATIVE(assign_metrics),
+                assign_metrics=FRACTION(assign_metrics),
                 bbox_targets=XYXY(bbox_targets, box_weights.split(sizes, 1)),
             )
+            check(self, assign_metrics=NOTHING(assign_metrics, (~is_object).split(sizes, 1)))
         cls_norm, box_norm = rank_means(metric.sum(), box_weights.sum())
         scores = [as_rows(level, self.cls_out_channels) for level in cls_score]
         targets = [(x, at_least_float32(y)) for x, y in zip(labels, assign_metrics, strict=True)]
@@ -144,7 +160,7 @@ class RTMDetCriterion(nn.Module):
             bbox_targets=(bbox_targets, (n_images, "n", 4)),
             assign_metrics=(assign_metrics, (n_images, "n")),
         )
-        if not isinstance(stride, Sequence) or len(stride) != 2:
+        if not isinstance(stride, (Sequence, np.ndarray)) or len(stride) != 2:
             raise ValueError(f"{place}: stride must be a pair (x, y), got {stride!r}")
         if stride[0] != stride[1]:
             raise ValueError(f"{place}: stride must be the same in x and y, got {tuple(stride)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,13 +17,18 @@ from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
     FINITE,
     NOT_NEGATIVE,
+    NOTHING,
     XYXY,
     a_class_or_background,
     check,
     enabled,
 )
 
-from .levels import decoded, is_positive
+from .arguments import detached
+from .levels import as_divisor, is_our_coder, is_positive, refuse_overrides
+
+# A tensor of all images, or one tensor of each.
+Images = Tensor | Sequence[Tensor]
 
 
 class SSDCriterion(nn.Module):
@@ -48,6 +55,9 @@ class SSDCriterion(nn.Module):
             raise ValueError("bbox_coder is needed where reg_decoded_bbox is set, got None")
         if not smoothl1_beta > 0:
             raise ValueError(f"smoothl1_beta must be positive, got {smoothl1_beta}")
+        ratio: Any = neg_pos_ratio
+        if isinstance(ratio, bool) or not isinstance(ratio, Integral) or neg_pos_ratio < 0:
+            raise ValueError(f"neg_pos_ratio must be an integer, at least 0, got {neg_pos_ratio!r}")
         self.num_classes = num_classes
         self.bbox_coder = bbox_coder
         self.neg_pos_ratio = neg_pos_ratio
@@ -56,13 +66,13 @@ class SSDCriterion(nn.Module):
 
     def forward(
         self,
-        cls_score: Tensor,
-        bbox_pred: Tensor,
-        anchor: Tensor,
-        labels: Tensor,
-        label_weights: Tensor,
-        bbox_targets: Tensor,
-        bbox_weights: Tensor,
+        cls_score: Images,
+        bbox_pred: Images,
+        anchor: Images,
+        labels: Images,
+        label_weights: Images,
+        bbox_targets: Images,
+        bbox_weights: Images,
         avg_factor: float | Tensor,
     ) -> dict[str, list[Tensor]]:
         """Losses of each image.
@@ -70,49 +80,57 @@ class SSDCriterion(nn.Module):
         Args:
             avg_factor: divisor of both losses, usually the number of positives; 0 counts as 1.
 
-        Shapes:
-            cls_score (N, A, C + 1) logits; bbox_pred (N, A, 4); anchor (N, A, 4) xyxy;
-            labels (N, A) in [0, C]; label_weights (N, A); bbox_targets, bbox_weights (N, A, 4).
+        Shapes, each a tensor, or a list of the N images' tensors, as OTX's head holds anchors:
+            cls_score (N, A, C + 1) logits; bbox_pred (N, A, 4);
+            anchor (N, A, 4) xyxy, or (A, 4) of all images; labels (N, A) in [0, C];
+            label_weights (N, A); bbox_targets, bbox_weights (N, A, 4).
 
         Returns:
             {"loss_cls": N tensors of shape (1,), "loss_bbox": N 0-dim tensors}.
 
         Raises:
-            TypeError, ValueError: for arguments of other shapes.
+            TypeError, ValueError: for arguments of other shapes, or an `avg_factor` that is no
+                number.
+            TypeError: for a subclass that overrides a method of OTX's which is not called.
         """
-        check_shapes(
-            type(self).__name__,
-            cls_score=(cls_score, ("N", "A", self.num_classes + 1)),
-            bbox_pred=(bbox_pred, ("N", "A", 4)),
-            anchor=(anchor, ("N", "A", 4)),
-            labels=(labels, ("N", "A")),
-            label_weights=(label_weights, ("N", "A")),
-            bbox_targets=(bbox_targets, ("N", "A", 4)),
-            bbox_weights=(bbox_weights, ("N", "A", 4)),
+        refuse_overrides(self, "_forward")
+        if (
+            isinstance(anchor, Tensor)
+            and isinstance(bbox_pred, Tensor)
+            and anchor.shape == bbox_pred.shape[1:]
+        ):
+            anchor = anchor.expand(bbox_pred.shape)
+        scores, codes, anchors, label, weights, targets, box_weights = self._tensors(
+            cls_score=(cls_score, (self.num_classes + 1,)),
+            bbox_pred=(bbox_pred, (4,)),
+            anchor=(detached(anchor), (4,)),
+            labels=(detached(labels), ()),
+            label_weights=(detached(label_weights), ()),
+            bbox_targets=(detached(bbox_targets), (4,)),
+            bbox_weights=(detached(bbox_weights), (4,)),
         )
+        norm = as_divisor(self, "avg_factor", avg_factor, scores)
+        positive = is_positive(label, self.num_classes)
         if enabled():
             check(
                 self,
-                cls_score=FINITE(cls_score),
-                bbox_pred=FINITE(bbox_pred),
-                anchor=XYXY(anchor),
-                labels=a_class_or_background(self.num_classes)(labels, label_weights),
-                label_weights=NOT_NEGATIVE(label_weights),
-                bbox_weights=NOT_NEGATIVE(bbox_weights),
-                bbox_targets=FINITE(bbox_targets, bbox_weights),
-                avg_factor=NOT_NEGATIVE(avg_factor),
+                cls_score=FINITE(scores),
+                bbox_pred=FINITE(codes),
+                anchor=XYXY(anchors),
+                labels=a_class_or_background(self.num_classes)(label, weights),
+                label_weights=NOT_NEGATIVE(weights),
+                bbox_weights=NOT_NEGATIVE(box_weights),
+                bbox_targets=FINITE(targets, box_weights),
+                avg_factor=NOT_NEGATIVE(norm),
             )
-        if isinstance(avg_factor, Tensor):
-            norm: float | Tensor = torch.where(avg_factor == 0, 1, avg_factor)
-        else:
-            norm = avg_factor or 1.0
-        each = two_bin(cls_score, labels, None, None, weight=label_weights, keep=2, few=True)
-        loss_cls = self._mined(each, labels) / norm
-        if self.reg_decoded_bbox:
-            bbox_pred = decoded(self.bbox_coder, anchor, bbox_pred)
+            check(self, bbox_weights=NOTHING(box_weights, ~positive))
+        norm = torch.where(norm == 0, 1, norm) if isinstance(norm, Tensor) else norm or 1.0
+        each = two_bin(scores, label, None, None, weight=weights, keep=2, few=True)
+        loss_cls = self._mined(each, label, positive) / norm
+        boxes = self._decoded(anchors, codes) if self.reg_decoded_bbox else codes
         loss_bbox = smooth_l1(
-            *(bbox_pred.unsqueeze(-1), bbox_targets.unsqueeze(-1)),
-            weight=bbox_weights,
+            *(boxes.unsqueeze(-1), targets.unsqueeze(-1)),
+            weight=box_weights,
             keep=1,
             beta=self.smoothl1_beta,
         ) / (norm + EPS32)
@@ -121,9 +139,31 @@ class SSDCriterion(nn.Module):
             "loss_bbox": unbound(loss_bbox),
         }
 
-    def _mined(self, each: Tensor, labels: Tensor) -> Tensor:
+    def _tensors(self, **arguments: tuple[Any, tuple[int, ...]]) -> list[Tensor]:
+        """Each argument (N, A, *features), lists of the images' tensors as one tensor."""
+        place = type(self).__name__
+        out: dict[str, tuple[Any, tuple[str | int, ...]]] = {}
+        for name, (value, features) in arguments.items():
+            each: tuple[str | int, ...] = ("A", *features)
+            if isinstance(value, (list, tuple)) and value:
+                check_shapes(
+                    place, **{f"{name}, image {i}": (x, each) for i, x in enumerate(value)}
+                )
+                value = torch.stack(list(value))
+            out[name] = value, ("N", *each)
+        check_shapes(place, **out)
+        return [value for value, _ in out.values()]
+
+    def _decoded(self, anchors: Tensor, codes: Tensor) -> Tensor:
+        """(N, A, 4) boxes; a stranger's coder is called image by image, as from OTX."""
+        decode: Any = self.bbox_coder.decode  # type: ignore[union-attr]
+        if is_our_coder(self.bbox_coder) or len(codes) == 0:
+            boxes: Tensor = decode(anchors, codes)
+            return boxes
+        return torch.stack([decode(*image) for image in zip(anchors, codes, strict=True)])
+
+    def _mined(self, each: Tensor, labels: Tensor, positive: Tensor) -> Tensor:
         """(N, 1): the losses (N, A) of all positives and of the hardest negatives of each image."""
-        positive = is_positive(labels, self.num_classes)
         negative = labels == self.num_classes
         n_taken = positive.sum(1, keepdim=True) * self.neg_pos_ratio
         hardness = torch.where(negative, each.detach(), -1.0)

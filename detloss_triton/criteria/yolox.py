@@ -16,7 +16,7 @@ from detloss_triton.precision import at_least_float32
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
     FINITE,
-    NOT_NEGATIVE,
+    FRACTION,
     POSITIVE,
     XYXY,
     check,
@@ -24,7 +24,8 @@ from detloss_triton.validate import (
     exactly,
 )
 
-from .levels import is_ours
+from .arguments import detached
+from .levels import as_divisor, is_ours
 
 
 class YOLOXCriterion(nn.Module):
@@ -48,12 +49,12 @@ class YOLOXCriterion(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.loss_cls = loss_cls or CrossEntropyLoss(use_sigmoid=True, reduction="sum")
-        self.loss_bbox = loss_bbox or IoULoss(
-            mode="square", eps=1e-16, reduction="sum", loss_weight=5.0
-        )
-        self.loss_obj = loss_obj or CrossEntropyLoss(use_sigmoid=True, reduction="sum")
-        self.loss_l1 = loss_l1 or L1Loss(reduction="sum")
+        self.loss_cls = _summed_bce() if loss_cls is None else loss_cls
+        if loss_bbox is None:
+            loss_bbox = IoULoss(mode="square", eps=1e-16, reduction="sum", loss_weight=5.0)
+        self.loss_bbox = loss_bbox
+        self.loss_obj = _summed_bce() if loss_obj is None else loss_obj
+        self.loss_l1 = L1Loss(reduction="sum") if loss_l1 is None else loss_l1
         self.use_l1 = use_l1
 
     def forward(
@@ -83,9 +84,13 @@ class YOLOXCriterion(nn.Module):
             {"loss_cls", "loss_bbox", "loss_obj"[, "loss_l1"]}, 0-dim.
 
         Raises:
-            TypeError, ValueError: for arguments of other shapes; on a CPU, for `pos_masks` with
-                another number of entries set than P. A GPU is not asked, `DETLOSS_VALIDATE=1` does.
+            TypeError, ValueError: for arguments of other shapes, or a `num_total_samples` that is
+                no number; on a CPU, for `pos_masks` with another number of entries set than P. A
+                GPU is not asked, `DETLOSS_VALIDATE=1` does.
         """
+        obj_targets, cls_targets, bbox_targets, l1_targets, pos_masks = detached(
+            (obj_targets, cls_targets, bbox_targets, l1_targets, pos_masks)
+        )
         check_shapes(
             type(self).__name__,
             flatten_objectness=(flatten_objectness, ("N", "A")),
@@ -97,12 +102,14 @@ class YOLOXCriterion(nn.Module):
         l1: dict[str, Any] = {"l1_targets": (l1_targets, ("P", 4))} if self.use_l1 else {}
         check_shapes(
             type(self).__name__,
+            flatten_objectness=(flatten_objectness, ("N", "A")),
             obj_targets=(obj_targets, (n_rows, 1)),
             pos_masks=(pos_masks, (n_rows,)),
             bbox_targets=(bbox_targets, ("P", 4)),
             cls_targets=(cls_targets, ("P", self.num_classes)),
             **l1,
         )
+        norm = as_divisor(self, "num_total_samples", num_total_samples, flatten_objectness)
         n_positive = bbox_targets.shape[0]
         if enabled():
             by_image = pos_masks.view(flatten_objectness.shape)
@@ -113,8 +120,8 @@ class YOLOXCriterion(nn.Module):
                 flatten_cls_preds=FINITE(flatten_cls_preds),
                 flatten_bbox_preds=FINITE(flatten_bbox_preds),
                 flatten_bboxes=FINITE(flatten_bboxes),
-                obj_targets=NOT_NEGATIVE(obj_targets.reshape(flatten_objectness.shape)),
-                cls_targets=NOT_NEGATIVE(cls_targets, positives=by_image),
+                obj_targets=FRACTION(obj_targets.reshape(flatten_objectness.shape)),
+                cls_targets=FRACTION(cls_targets, positives=by_image),
                 bbox_targets=XYXY(bbox_targets, positives=by_image),
                 l1_targets=FINITE(l1_targets if self.use_l1 else [], positives=by_image),
                 num_total_samples=POSITIVE(num_total_samples),
@@ -132,7 +139,7 @@ class YOLOXCriterion(nn.Module):
         if self.use_l1:
             raw = _rows(flatten_bbox_preds, index)
             loss["loss_l1"] = _of_found(self.loss_l1, raw, l1_targets, found)
-        return {name: value / num_total_samples for name, value in loss.items()}
+        return {name: value / norm for name, value in loss.items()}
 
     def _check_count(self, pos_masks: Tensor, n_positive: int) -> None:
         if not backend.is_eager_cpu(pos_masks.device):
@@ -145,6 +152,10 @@ class YOLOXCriterion(nn.Module):
             )
 
 
+def _summed_bce() -> CrossEntropyLoss:
+    return CrossEntropyLoss(use_sigmoid=True, reduction="sum")
+
+
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     """Some anchors (P, features) of (N, A, features)."""
     return take(x.flatten(0, 1), 0, index)
@@ -155,8 +166,11 @@ def _of_found(module: nn.Module, pred: Tensor, target: Tensor, found: Tensor | N
 
     A stranger's module gets just these and is not called where there are none, as from OTX.
     """
-    if is_ours(module):
-        return module(pred, target, weight=None if found is None else found.to(torch.float32))
-    if found is not None:
+    ours = is_ours(module)
+    if found is not None and not ours:
         pred, target = pred[found], target[found]
-    return module(pred, target) if len(pred) else at_least_float32(pred).sum()
+    if len(pred) == 0:
+        return at_least_float32(pred).sum()
+    if ours:
+        return module(pred, target, weight=None if found is None else found.to(torch.float32))
+    return module(pred, target)
