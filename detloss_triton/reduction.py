@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .backend import is_eager_cpu, is_transformed
+from .backend import is_cached_by_cpu, is_eager_cpu, is_transformed
 from .op import RowOp
-from .precision import arithmetic_dtype, at_least_float32
+from .precision import arithmetic_dtype
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -75,28 +75,32 @@ def _may_be_scaled(weight: Tensor) -> bool:
     return is_eager_cpu(weight.device) and 0 not in weight.stride()
 
 
-def as_divisor(name: str, given: Any, dtype: torch.dtype) -> float | Tensor:
-    """A number to divide losses of a dtype by, checked; a tensor is detached and as exact as they.
+def as_divisor(
+    place: str, given: Any, dtype: torch.dtype, device: torch.device | None = None
+) -> float | Tensor:
+    """What losses of a dtype are divided by: a number, or a tensor of one, then 0-dim, detached and
+    as exact as they are.
 
     Raises:
-        TypeError: for what is neither number nor tensor.
-        ValueError: for a tensor of several numbers, or of none.
+        TypeError: for what is no number, a flag included; it begins with `place`.
+        ValueError: for a tensor of several numbers, or on another device; the host's is right
+            beside any.
     """
     if not isinstance(given, Tensor):
-        # numpy's numbers are real numbers too.
-        number: Any = isinstance(given, Real) and not isinstance(given, bool)
-        if not number:
-            raise TypeError(f"{name} must be a number or a tensor, got {given!r}")
-        return given  # type: ignore[no-any-return]
-    if given.numel() != 1 or given.is_complex():
-        raise ValueError(
-            f"{name} must be one real number, got {given.dtype} of shape {tuple(given.shape)}"
-        )
-    given = given.detach()
+        if isinstance(given, bool) or not isinstance(given, (int, float, np.number)):
+            raise TypeError(f"{place} must be a number, got {type(given).__name__}")
+        return float(given) if isinstance(given, np.number) else given
+    if given.dtype == torch.bool or given.is_complex():
+        raise TypeError(f"{place} must be a number, got a tensor of {given.dtype}")
+    if given.numel() != 1:
+        raise ValueError(f"{place} must be one number, got shape {tuple(given.shape)}")
+    if device not in (None, given.device) and not is_cached_by_cpu(given.device):
+        raise ValueError(f"{place} must be on {device}, got {given.device}")
+    given = given.detach().reshape(())
     # An integer is divided by as it is: one launch less.
     if dtype != torch.float64 and not given.is_floating_point():
         return given
-    return given.to(dtype) if dtype == torch.float64 else at_least_float32(given)
+    return given.to(dtype)
 
 
 def scaled(loss: Tensor, scale: float) -> Tensor:

@@ -93,7 +93,7 @@ def grid(size: int, stride: int) -> Tensor:
 
 
 def coder(library: Any = dt) -> Any:
-    return library.DeltaXYWHBBoxCoder((0.0, 0.0, 0.0, 0.0), (0.1, 0.1, 0.2, 0.2))
+    return library.DeltaXYWHBBoxCoder(target_means=(0.0,) * 4, target_stds=(0.1, 0.1, 0.2, 0.2))
 
 
 def atss(

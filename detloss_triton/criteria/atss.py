@@ -12,7 +12,7 @@ from detloss_triton.boxes import columns
 from detloss_triton.losses import CrossEntropyLoss, CrossSigmoidFocalLoss, QualityFocalLoss
 from detloss_triton.ops.regression import iou_loss
 from detloss_triton.precision import at_least_float32
-from detloss_triton.reduction import rank_means
+from detloss_triton.reduction import as_divisor, rank_means
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
     FINITE,
@@ -25,9 +25,8 @@ from detloss_triton.validate import (
     enabled,
 )
 
-from .arguments import detached
+from .arguments import constants, precision_of
 from .levels import (
-    as_divisor,
     as_rows,
     at_positives,
     boxes_by_level,
@@ -139,8 +138,9 @@ class ATSSCriterion(nn.Module):
             TypeError: for a subclass that overrides a method of OTX's which is not called.
         """
         refuse_overrides(self, *_NOT_CALLED)
-        anchors, labels, label_weights, bbox_targets, valid_label_mask = detached(
-            (anchors, labels, label_weights, bbox_targets, valid_label_mask)
+        dtype = precision_of(self, cls_score=cls_score, bbox_pred=bbox_pred, centerness=centerness)
+        anchors, labels, label_weights, bbox_targets, valid_label_mask = constants(
+            (anchors, labels, label_weights, bbox_targets, valid_label_mask), dtype
         )
         check_levels(
             self,
@@ -164,7 +164,8 @@ class ATSSCriterion(nn.Module):
                 bbox_pred=(bbox_pred[level], 4),
                 centerness=(centerness[level], 1),
             )
-        avg_factor = as_divisor(self, "avg_factor", avg_factor, labels[0])
+        place = f"{type(self).__name__}: avg_factor"
+        avg_factor = as_divisor(place, avg_factor, dtype, labels[0].device)
         sizes = [level.shape[1] for level in labels]
         # What is small is joined: an operation on all levels costs what one on a level does.
         is_object = is_positive(torch.cat(list(labels), 1), self.num_classes)
@@ -188,7 +189,7 @@ class ATSSCriterion(nn.Module):
                 pairs = zip(bbox_targets, anchors, strict=True)
                 both = [torch.cat(pair, -1) for pair in pairs]
                 check(self, bbox_targets=MEETS_ANCHOR(both, positive))
-        grid, targets = joined(anchors), joined(bbox_targets)
+        grid, targets = joined(anchors, dtype), joined(bbox_targets, dtype)
         with torch.no_grad():
             centred = self._centerness(grid, targets, is_object, sizes)
         (box_norm,) = rank_means(centred.sum())

@@ -6,11 +6,10 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from detloss_triton import backend, coders, losses
+from detloss_triton import coders, losses
 from detloss_triton.precision import at_least_float32
 from detloss_triton.reduction import EPS32
 from detloss_triton.shapes import check_shapes
@@ -86,9 +85,9 @@ def refuse_overrides(criterion: nn.Module, *methods: str) -> None:
             )
 
 
-def joined(levels: Sequence[Tensor]) -> Tensor:
-    """(B, n_l, ...) of each level as one (B, n, ...), in float32 at least."""
-    return at_least_float32(torch.cat(list(levels), 1))
+def joined(levels: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """(B, n_l, ...) of each level as one (B, n, ...)."""
+    return torch.cat(list(levels), 1).to(dtype)
 
 
 def as_rows(x: Tensor, features: int) -> Tensor:
@@ -261,28 +260,6 @@ def check_levels(criterion: nn.Module, /, **levels: Sequence[Any]) -> None:
         raise ValueError(f"{name}: all arguments must have one entry per level, got {lengths}")
     if not all(lengths.values()):
         raise ValueError(f"{name}: {', '.join(lengths)}: expected one entry per level, got none")
-
-
-def as_divisor(criterion: nn.Module, name: str, value: Any, like: Tensor) -> float | Tensor:
-    """What losses are divided by: a number, or a tensor of one, which has no dimension then.
-
-    Raises:
-        TypeError: for what is no number, a flag included.
-        ValueError: for a tensor of several, or of another device than `like`; the host's is right
-            beside any.
-    """
-    place = f"{type(criterion).__name__}: {name}"
-    if isinstance(value, Tensor):
-        if value.dtype == torch.bool or value.is_complex():
-            raise TypeError(f"{place} must be a number, got a tensor of {value.dtype}")
-        if value.numel() != 1:
-            raise ValueError(f"{place} must be one number, got shape {tuple(value.shape)}")
-        if value.device != like.device and not backend.is_cached_by_cpu(value.device):
-            raise ValueError(f"{place} must be on {like.device}, got {value.device}")
-        return value.detach().reshape(())
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-        raise TypeError(f"{place} must be a number, got {type(value).__name__}")
-    return value if isinstance(value, (int, float)) else float(value)
 
 
 def is_positive(labels: Tensor, num_classes: int) -> Tensor:

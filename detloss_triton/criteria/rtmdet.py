@@ -23,7 +23,7 @@ from detloss_triton.validate import (
     enabled,
 )
 
-from .arguments import detached
+from .arguments import constants, precision_of
 from .levels import (
     as_rows,
     boxes_by_level,
@@ -84,8 +84,9 @@ class RTMDetCriterion(nn.Module):
             TypeError: for a subclass that overrides a method of OTX's which is not called.
         """
         refuse_overrides(self, "_forward")
-        labels, label_weights, bbox_targets, assign_metrics = detached(
-            (labels, label_weights, bbox_targets, assign_metrics)
+        dtype = precision_of(self, cls_score=cls_score, bbox_pred=bbox_pred)
+        labels, label_weights, bbox_targets, assign_metrics = constants(
+            (labels, label_weights, bbox_targets, assign_metrics), dtype
         )
         check_levels(
             self,
@@ -109,7 +110,7 @@ class RTMDetCriterion(nn.Module):
             )
         sizes = [level.shape[1] for level in labels]
         # What is small is joined: an operation on all levels costs what one on a level does.
-        metric = joined(assign_metrics)
+        metric = joined(assign_metrics, dtype)
         is_object = is_positive(torch.cat(list(labels), 1), self.num_classes)
         box_weights = torch.where(is_object, metric, 0)
         if enabled():
@@ -130,12 +131,12 @@ class RTMDetCriterion(nn.Module):
         targets = [(x, at_least_float32(y)) for x, y in zip(labels, assign_metrics, strict=True)]
         return {
             "loss_cls": self._loss_cls(
-                *(scores, targets, joined(label_weights), sizes, cls_norm.clamp(min=1))
+                *(scores, targets, joined(label_weights, dtype), sizes, cls_norm.clamp(min=1))
             ),
             "loss_bbox": boxes_by_level(
                 self.loss_bbox,
                 torch.cat([as_rows(level, 4) for level in bbox_pred], 1),
-                *(joined(bbox_targets), sizes),
+                *(joined(bbox_targets, dtype), sizes),
                 positive=is_object,
                 weight=box_weights,
                 norm=box_norm.clamp(min=1),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from detloss_triton.gather import hardest
 from detloss_triton.ops.distribution import two_bin
 from detloss_triton.ops.regression import smooth_l1
-from detloss_triton.reduction import EPS32, unbound
+from detloss_triton.reduction import EPS32, as_divisor, unbound
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
     FINITE,
@@ -24,8 +24,8 @@ from detloss_triton.validate import (
     enabled,
 )
 
-from .arguments import detached
-from .levels import as_divisor, is_our_coder, is_positive, refuse_overrides
+from .arguments import constants, precision_of
+from .levels import is_our_coder, is_positive, refuse_overrides
 
 # A tensor of all images, or one tensor of each.
 Images = Tensor | Sequence[Tensor]
@@ -100,16 +100,21 @@ class SSDCriterion(nn.Module):
             and anchor.shape == bbox_pred.shape[1:]
         ):
             anchor = anchor.expand(bbox_pred.shape)
+        dtype = precision_of(self, cls_score=cls_score, bbox_pred=bbox_pred)
+        anchor, labels, label_weights, bbox_targets, bbox_weights = constants(
+            (anchor, labels, label_weights, bbox_targets, bbox_weights), dtype
+        )
         scores, codes, anchors, label, weights, targets, box_weights = self._tensors(
             cls_score=(cls_score, (self.num_classes + 1,)),
             bbox_pred=(bbox_pred, (4,)),
-            anchor=(detached(anchor), (4,)),
-            labels=(detached(labels), ()),
-            label_weights=(detached(label_weights), ()),
-            bbox_targets=(detached(bbox_targets), (4,)),
-            bbox_weights=(detached(bbox_weights), (4,)),
+            anchor=(anchor, (4,)),
+            labels=(labels, ()),
+            label_weights=(label_weights, ()),
+            bbox_targets=(bbox_targets, (4,)),
+            bbox_weights=(bbox_weights, (4,)),
         )
-        norm = as_divisor(self, "avg_factor", avg_factor, scores)
+        place = f"{type(self).__name__}: avg_factor"
+        norm = as_divisor(place, avg_factor, dtype, scores.device)
         positive = is_positive(label, self.num_classes)
         if enabled():
             check(

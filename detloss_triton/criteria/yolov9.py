@@ -29,7 +29,7 @@ from detloss_triton.vec2box import (
     why_no_fit,
 )
 
-from .arguments import detached
+from .arguments import constants, precision_of
 from .levels import has_hooks
 
 
@@ -106,7 +106,8 @@ class YOLOv9Criterion(nn.Module):
                 another order or on another device than those of `vec2box`; for a part that would
                 not be called.
         """
-        targets = detached(targets)
+        dtype = precision_of(self, main_preds=main_preds, aux_preds=aux_preds)
+        targets = constants(targets, dtype)
         check_shapes(type(self).__name__, targets=(targets, ("B", "T", 5)))
         if targets.shape[1] == 0:
             return None

@@ -13,6 +13,7 @@ from detloss_triton.gather import first_set
 from detloss_triton.losses import CrossEntropyLoss, IoULoss, L1Loss
 from detloss_triton.memory import take
 from detloss_triton.precision import at_least_float32
+from detloss_triton.reduction import as_divisor
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
     FINITE,
@@ -24,8 +25,8 @@ from detloss_triton.validate import (
     exactly,
 )
 
-from .arguments import detached
-from .levels import as_divisor, is_ours
+from .arguments import constants, precision_of
+from .levels import is_ours
 
 
 class YOLOXCriterion(nn.Module):
@@ -88,8 +89,15 @@ class YOLOXCriterion(nn.Module):
                 no number; on a CPU, for `pos_masks` with another number of entries set than P. A
                 GPU is not asked, `DETLOSS_VALIDATE=1` does.
         """
-        obj_targets, cls_targets, bbox_targets, l1_targets, pos_masks = detached(
-            (obj_targets, cls_targets, bbox_targets, l1_targets, pos_masks)
+        dtype = precision_of(
+            self,
+            flatten_objectness=flatten_objectness,
+            flatten_cls_preds=flatten_cls_preds,
+            flatten_bbox_preds=flatten_bbox_preds,
+            flatten_bboxes=flatten_bboxes,
+        )
+        obj_targets, cls_targets, bbox_targets, l1_targets, pos_masks = constants(
+            (obj_targets, cls_targets, bbox_targets, l1_targets, pos_masks), dtype
         )
         check_shapes(
             type(self).__name__,
@@ -109,7 +117,8 @@ class YOLOXCriterion(nn.Module):
             cls_targets=(cls_targets, ("P", self.num_classes)),
             **l1,
         )
-        norm = as_divisor(self, "num_total_samples", num_total_samples, flatten_objectness)
+        place = f"{type(self).__name__}: num_total_samples"
+        norm = as_divisor(place, num_total_samples, dtype, flatten_objectness.device)
         n_positive = bbox_targets.shape[0]
         if enabled():
             by_image = pos_masks.view(flatten_objectness.shape)
