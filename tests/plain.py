@@ -76,7 +76,7 @@ def atss(inputs: dict[str, Any], classes: int = 5) -> dict[str, list[Tensor]]:
         out["loss_cls"].append((focal * weight.unsqueeze(-1) * mask).sum() / inputs["avg_factor"])
         positive = (label >= 0) & (label < classes)
         anchor, target = anchor[positive], target[positive]
-        delta = rows(box, 4)[positive] * torch.tensor([0.1, 0.1, 0.2, 0.2]).double()
+        delta = rows(box, 4)[positive] * torch.tensor([0.1, 0.1, 0.2, 0.2], dtype=torch.float64)
         middle, size = (anchor[:, :2] + anchor[:, 2:]) / 2, anchor[:, 2:] - anchor[:, :2]
         limit = abs(math.log(16 / 1000))
         pred_middle = middle + delta[:, :2] * size
@@ -206,7 +206,7 @@ def yolov9(inputs: dict[str, Any], classes: int = 5, size: int = 64) -> dict[str
         gap = 1 - ciou((boxes / stride)[used], target, alpha_grad=True)
         head_terms = [bce(logits, score_of).sum(), (surprisal.mean(1) * weight).sum()]
         terms = terms + rate * torch.stack([*head_terms, (gap * weight).sum()]) / norm
-    terms = terms * torch.tensor([0.5, 1.5, 7.5]).double()
+    terms = terms * torch.tensor([0.5, 1.5, 7.5], dtype=torch.float64)
     losses = dict(zip(("loss_cls", "loss_df", "loss_iou"), terms, strict=True))
     return {**losses, "total_loss": terms.mean()}
 
