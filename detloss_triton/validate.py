@@ -122,16 +122,41 @@ def _is_no_box(x1: Tensor, y1: Tensor, x2: Tensor, y2: Tensor) -> Tensor:
     return ~(finite & (x2 >= x1) & (y2 >= y1))
 
 
+# Rounding may move a box's side out of the image by so much of it.
+_ROUNDING = 0.01
+# Boxes of data that does not clip them leave the image: one by up to its size, and those that look
+# like corners together by a tenth of it.
+_FAR, _TOGETHER = 1.0, 0.1
+
+
+def _outside(x: Tensor) -> Tensor:
+    """How far the farthest side of a box normalised cxcywh lies outside the image; 0 inside."""
+    low, high = x[..., :2] - x[..., 2:] / 2, x[..., :2] + x[..., 2:] / 2
+    return torch.maximum(-low, high - 1).amax(-1).clamp(min=0)
+
+
 def _is_no_size(x: Tensor) -> Tensor:
-    return ~(x.isfinite().all(-1) & (x[..., 2:] >= 0).all(-1))
+    is_size = x.isfinite().all(-1) & (x[..., 2:] >= 0).all(-1)
+    return ~(is_size & (_outside(x) <= _FAR))
 
 
 FINITE = Rule("a finite number", lambda x: ~x.isfinite())
 NOT_NEGATIVE = Rule("a finite number, at least 0", lambda x: ~(x.isfinite() & (x >= 0)))
+NOT_ZERO = Rule("a finite number other than 0", lambda x: ~(x.isfinite() & (x != 0)))
 POSITIVE = Rule("a finite number above 0", lambda x: ~(x.isfinite() & (x > 0)))
 # Boxes without area are legal: data sets have them, and the losses take them.
 XYXY = Rule("finite x1, y1, x2, y2 with x2 >= x1 and y2 >= y1", lambda x: _is_no_box(*x.unbind(-1)))
-CXCYWH = Rule("finite cx, cy, w, h with w >= 0 and h >= 0", _is_no_size)
+CXCYWH = Rule(
+    "normalised cx, cy, w, h, finite, with w >= 0 and h >= 0 and all sides in [-1, 2]", _is_no_size
+)
+NORMALISED = Rule(
+    "a coordinate of a box normalised cxcywh, in [0, 1]",
+    lambda x: ~((x >= -_ROUNDING) & (x <= 1 + _ROUNDING)),
+)
+# D-FINE's bins move a side of a box by up to twice the box's size, either way.
+DECODED = Rule(
+    "a coordinate of a box normalised cxcywh, in [-1, 3]", lambda x: ~((x >= -1) & (x <= 3))
+)
 
 # What anchors that teach nothing are labelled with, here and elsewhere.
 IGNORED_LABELS = (-1, -100)
@@ -160,6 +185,25 @@ def a_box_with_class(n_classes: int) -> Rule:
     return Rule(
         f"[class, x1, y1, x2, y2] with a class in [0, {n_classes}), finite, x2 >= x1 and y2 >= y1, "
         "or a class of -1",
+        wrong,
+    )
+
+
+def no_corners(is_box: Tensor) -> Rule:
+    """Of a batch of boxes normalised cxcywh, those that are used: that they are not xyxy.
+
+    Read as cx, cy, w, h, corners have w >= cx and h >= cy in every box, and many leave the image.
+    Boxes that lie in the image are never refused, nor a batch of which one box has w < cx.
+    """
+
+    def wrong(x: Tensor) -> Tensor:
+        like_corners = (x[..., 2:] >= x[..., :2]).all(-1) | ~is_box
+        outside = torch.where(is_box, (_outside(x) - _ROUNDING).clamp(min=0), 0)
+        return (outside > 0) & like_corners.all() & (outside.sum() > _TOGETHER)
+
+    return Rule(
+        "normalised cx, cy, w, h; all boxes of the batch have w >= cx and h >= cy, as corners "
+        "x1, y1, x2, y2 have, and this one leaves the image",
         wrong,
     )
 
