@@ -20,6 +20,7 @@ from .set_prediction import (
     Indices,
     Layers,
     Matched,
+    NamedLayers,
     Output,
     SetCriterion,
     box_losses,
@@ -133,26 +134,31 @@ class DFINECriterion(SetCriterion):
 
     def _bins(self, outputs: Output, layers: Sequence[Layers]) -> tuple[Tensor, Tensor] | None:
         """(bin positions, reg_scale), where a layer has distributions."""
-        has_corners = [o.get("pred_corners") is not None for each in layers for o in each.outputs]
-        if not any(has_corners):
+        if not _has_corners([output for each in layers for output in each.outputs]):
             return None
-        name, numbers = type(self).__name__, []
         logits = outputs["pred_logits"]
+        dtype, device = arithmetic_dtype(logits), logits.device
+        up, reg_scale = (
+            number
+            if isinstance(number, Tensor)
+            else torch.full((), number, dtype=dtype, device=device)
+            for number in (outputs["up"], outputs["reg_scale"])
+        )
+        return bin_positions(self.reg_max, up, reg_scale), reg_scale
+
+    def _check_shapes(self, main: NamedLayers, denoising: NamedLayers = ()) -> None:
+        super()._check_shapes(main, denoising)
+        if not _has_corners([output for _, output in (*main, *denoising)]):
+            return
+        name, (_, outputs) = type(self).__name__, main[0]
+        device = outputs["pred_logits"].device
         for key in ("up", "reg_scale"):
             number = outputs.get(key)
             if number is None:
                 raise ValueError(f"{name}: outputs has 'pred_corners' and so must have {key!r}")
             check_numbers(name, **{f"outputs {key}": number})
-            if not isinstance(number, Tensor):
-                dtype = arithmetic_dtype(logits)
-                number = torch.full((), number, dtype=dtype, device=logits.device)
-            elif number.device != logits.device:
-                raise ValueError(
-                    f"{name}: outputs {key} must be on {logits.device}, got {number.device}"
-                )
-            numbers.append(number)
-        up, reg_scale = numbers
-        return bin_positions(self.reg_max, up, reg_scale), reg_scale
+            if isinstance(number, Tensor) and number.device != device:
+                raise ValueError(f"{name}: outputs {key} must be on {device}, got {number.device}")
 
     def _widths(self, output: Output) -> dict[str, int | str]:
         widths = super()._widths(output)
@@ -321,6 +327,10 @@ def _and_some(stacked: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
     if list(layers) == list(range(first, first + n)):
         return forked(stacked, first, first + n)
     return stacked, torch.stack([stacked[i] for i in layers])
+
+
+def _has_corners(outputs: Sequence[Output]) -> bool:
+    return any(output.get("pred_corners") is not None for output in outputs)
 
 
 def _balance(matched: Tensor) -> Tensor:
