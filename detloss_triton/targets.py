@@ -64,7 +64,9 @@ def pack(
     if isinstance(targets, Targets):
         _check_packed(f"{place}, Targets", targets, like)
         boxes = _floating(targets.boxes, like)
-        return targets if boxes is targets.boxes else targets._replace(boxes=boxes)
+        if boxes.dtype == targets.boxes.dtype:
+            return targets
+        return Targets(targets.labels, boxes, targets.counts)
     if not isinstance(targets, Sequence):
         raise TypeError(
             f"{place}: targets must be a list of dictionaries or Targets, "

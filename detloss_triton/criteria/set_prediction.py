@@ -404,7 +404,7 @@ class SetCriterion(nn.Module):
         targets, images = step.targets, step.images
         if layers.logits.shape[-1] < self.num_classes:
             # The encoder's one class is that of every object.
-            targets = targets._replace(labels=targets.labels.clamp(max=0))
+            targets = Targets(targets.labels.clamp(max=0), targets.boxes, targets.counts)
             images = targets
         if self._matches_at_once():
             return self.matcher.match(layers.logits, layers.boxes, targets), targets
@@ -450,7 +450,10 @@ class SetCriterion(nn.Module):
 
     def _check_parts(self) -> None:
         """Raise TypeError for an overridden method, or a matcher, that cannot be called."""
-        self._refuse_overrides(next((name for name in _PER_LAYER if name in self.__dict__), ""))
+        self._refuse_overrides()
+        for method in _PER_LAYER:
+            if method in self.__dict__:
+                self._refuse_overrides(method)
         if not callable(self.matcher):
             raise TypeError(
                 f"{type(self).__name__}: matcher must be callable with (outputs, targets), "
