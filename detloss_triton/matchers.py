@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .ops.assignment import linear_sum_assignment
 from .ops.matching import match_cost, task_aligned
 from .precision import arithmetic_dtype, at_least_float32
-from .shapes import check_shapes
-from .targets import Targets, pack
+from .shapes import check_mapping, check_numbers, check_shapes
+from .targets import Targets, check_images, counts_of, pack
 
 # Keeps the normalised metric finite for a target that no prediction meets.
 _METRIC_EPS = 1e-9
@@ -188,20 +188,41 @@ class HungarianMatcher(nn.Module):
     cxcywh, in float32 whatever the inputs; a cost that is not finite counts as 1e10.
 
     The criteria call `match`, for all layers at once: that is what a subclass overrides to match
-    otherwise.
+    otherwise. One that overrides `forward` only, or has hooks, is called layer by layer.
 
     Args:
         cost_dict: factors {"cost_class", "cost_bbox", "cost_giou"}; those left out are 0.
         alpha, gamma: of the focal class cost.
+
+    Raises:
+        TypeError: for what is no number (True is none), or a subclass that defines a cost function
+            of OTX's, which nothing calls.
+        ValueError: for no cost, or one of another name.
     """
+
+    # Whether a subclass has a call of its own, and no `match` that a criterion could use instead.
+    has_own_call = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.has_own_call = cls.__call__ is not HungarianMatcher.__call__ or (
+            cls.forward is not HungarianMatcher.forward and cls.match is HungarianMatcher.match
+        )
+        of_otx = next((name for name in _COSTS_OF_OTX if hasattr(cls, name)), None)
+        if of_otx and not cls.has_own_call and cls.match is HungarianMatcher.match:
+            raise TypeError(f"{cls.__name__} defines {of_otx}, which is not called: override match")
 
     def __init__(
         self, cost_dict: dict[str, float | int], alpha: float = 0.25, gamma: float = 2.0
     ) -> None:
         super().__init__()
-        unknown = sorted(set(cost_dict) - set(_COSTS))
-        if unknown or not cost_dict:
-            raise ValueError(f"cost_dict must have keys among {_COSTS}, got {sorted(cost_dict)}")
+        name = type(self).__name__
+        check_mapping(name, cost_dict=cost_dict)
+        if not cost_dict or not set(cost_dict) <= set(_COSTS):
+            raise ValueError(
+                f"{name}: cost_dict must have keys among {_COSTS}, got {list(cost_dict)}"
+            )
+        check_numbers(name, **cost_dict, alpha=alpha, gamma=gamma)
         self.cost_dict = dict(cost_dict)
         self.alpha = alpha
         self.gamma = gamma
@@ -213,10 +234,7 @@ class HungarianMatcher(nn.Module):
             logits: (L, B, Q, C). boxes: (L, B, Q, 4) normalised cxcywh.
         """
         n_layers, n_images, n_queries = logits.shape[:3]
-        if len(targets.labels) != n_images:
-            raise ValueError(
-                f"targets has {len(targets.labels)} images, the predictions have {n_images}"
-            )
+        check_images(type(self).__name__, targets, n_images)
         cost = match_cost(
             *(logits.flatten(0, 1), boxes.flatten(0, 1), targets.labels, targets.boxes),
             **{name: float(self.cost_dict.get(name, 0.0)) for name in _COSTS},
@@ -232,26 +250,33 @@ class HungarianMatcher(nn.Module):
         return out[:, :n_queries].unflatten(0, (n_layers, n_images))
 
     def forward(
-        self, outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]
+        self, outputs: Mapping[str, Tensor], targets: Targets | Sequence[Mapping[str, Tensor]]
     ) -> list[tuple[Tensor, Tensor]]:
         """Per image (query indices ascending, target indices), min(Q, n) pairs.
 
+        Of `Targets`, the numbers of boxes are read from the device.
+
         Shapes:
             outputs: "pred_logits" (B, Q, C), "pred_boxes" (B, Q, 4) normalised cxcywh.
-            targets: per image {"labels" (n,), "boxes" (n, 4) normalised cxcywh}.
+            targets: per image {"labels" (n,), "boxes" (n, 4) normalised cxcywh}, or `Targets`.
         """
-        logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
-        (found,) = self.match(logits.unsqueeze(0), boxes.unsqueeze(0), pack(targets))
+        name = type(self).__name__
+        logits, boxes = outputs.get("pred_logits"), outputs.get("pred_boxes")
+        check_shapes(name, pred_logits=(logits, ("B", "Q", "C")), pred_boxes=(boxes, ("B", "Q", 4)))
+        assert logits is not None and boxes is not None
+        packed = pack(targets, name, boxes)
+        (found,) = self.match(logits.detach()[None], boxes.detach()[None], packed)
         # A stable sort brings the matched queries to the front, in order.
         order = (found < 0).to(torch.int8).sort(dim=1, stable=True).indices
         pairs = []
-        for i, target in enumerate(targets):
-            queries = order[i, : min(len(target["labels"]), found.shape[1])]
+        for i, n in enumerate(counts_of(targets)):
+            queries = order[i, : min(n, found.shape[1])]
             pairs.append((queries, found[i][queries]))
         return pairs
 
 
 _COSTS = ("cost_class", "cost_bbox", "cost_giou")
+_COSTS_OF_OTX = ("label_cost", "bbox_cost", "giou_cost", "mask_cost", "build_cost_functions")
 
 
 def union_of_matches(target_of_query: Tensor, n_targets: int) -> Tensor:

@@ -1,11 +1,14 @@
-"""Shapes and devices of arguments, checked before any kernel runs; no value is read."""
+"""Shapes, devices and kinds of arguments, checked before any kernel runs; no device is read."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from numbers import Integral, Real
 from types import EllipsisType
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 # Sizes, or names of sizes; `...` in front stands for any number of leading dimensions.
@@ -68,3 +71,38 @@ def _of(dimensions: Dimensions, sizes: dict[Any, Any]) -> str:
         known += size if isinstance(size, tuple) else [size]
     numbers = ", ".join(map(str, known))
     return f"shape ({names})" + ("" if names == numbers else f" = ({numbers})")
+
+
+def check_mapping(place: str, /, **arguments: Any) -> None:
+    """Raise TypeError unless every argument is a dictionary."""
+    for name, value in arguments.items():
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{place}: {name} must be a dictionary, got {type(value).__name__}")
+
+
+def check_numbers(place: str, /, **arguments: Any) -> None:
+    """Raise TypeError unless every argument is a number, or a tensor of one; a flag is none."""
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            is_number = value.numel() == 1 and value.dtype != torch.bool
+        else:
+            # `Real` are NumPy's numbers too.
+            is_number = isinstance(value, (int, float, Real)) and not isinstance(value, bool)
+        if not is_number:
+            raise TypeError(f"{place}: {name} must be a number, got {_named(value)}")
+
+
+def check_counts(place: str, least: int, /, **arguments: Any) -> None:
+    """Raise TypeError unless every argument is an integer, ValueError if it is below the least."""
+    for name, value in arguments.items():
+        if not isinstance(value, (int, Integral)) or isinstance(value, bool):
+            raise TypeError(f"{place}: {name} must be an integer, got {_named(value)}")
+        if value < least:
+            raise ValueError(f"{place}: {name} must be at least {least}, got {value}")
+
+
+def _named(value: Any) -> str:
+    """A value that is of the wrong kind, in a few words."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return repr(value) if isinstance(value, (bool, str, float)) else type(value).__name__

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .precision import arithmetic_dtype
 from .shapes import check_shapes
 
 SMALLEST_BUCKET = 8
@@ -41,55 +42,120 @@ def bucket(n: int) -> int:
     return size
 
 
-def pack(targets: Targets | Sequence[Mapping[str, Tensor]]) -> Targets:
+def pack(
+    targets: Targets | Sequence[Mapping[str, Tensor]],
+    place: str = "pack",
+    like: Tensor | None = None,
+) -> Targets:
     """Pad a list of {"labels": (n,), "boxes": (n, 4) normalised cxcywh}; `Targets` pass through.
 
     The counts are shapes, so nothing is read from the device; what goes there is one small index.
+    An image without boxes may say so in tensors of any dtype, shape and device that hold nothing.
+
+    Args:
+        place: what an error begins with.
+        like: predictions, where the boxes must be, and in whose arithmetic they come back; by
+            default they are to be where the first is, and keep their precision.
 
     Raises:
-        TypeError, ValueError: for a missing key or a wrong shape; they name the image.
+        TypeError, ValueError: for a missing key, a wrong shape, dtype or device; they name the
+            image.
     """
     if isinstance(targets, Targets):
-        check_shapes(
-            "Targets",
-            labels=(targets.labels, ("B", "T")),
-            boxes=(targets.boxes, ("B", "T", 4)),
-            counts=(targets.counts, ("B",)),
-        )
-        return targets
+        _check_packed(f"{place}, Targets", targets, like)
+        boxes = _floating(targets.boxes, like)
+        if boxes.dtype == targets.boxes.dtype:
+            return targets
+        return Targets(targets.labels, boxes, targets.counts)
     if not isinstance(targets, Sequence):
-        raise TypeError(f"targets must be a list of dictionaries or Targets, got {type(targets)}")
+        raise TypeError(
+            f"{place}: targets must be a list of dictionaries or Targets, "
+            f"got {type(targets).__name__}"
+        )
     images: list[Any] = list(targets)
     if not images:
-        raise ValueError("targets must hold one dictionary per image, got an empty list")
+        raise ValueError(f"{place}: targets must hold one dictionary per image, got an empty list")
     for i, target in enumerate(images):
-        _check(i, target)
-    counts = [len(target["labels"]) for target in images]
-    device = images[0]["boxes"].device
+        _check(f"{place}: targets[{i}]", target)
+    counts = counts_of(images)
+    filled = [image for image, count in zip(images, counts, strict=True) if count]
+    device = (filled or images)[0]["boxes"].device if like is None else like.device
+    for i, (target, count) in enumerate(zip(images, counts, strict=True)):
+        for key in ("labels", "boxes"):
+            if count and target[key].device != device:
+                raise ValueError(
+                    f"{place}: targets[{i}][{key!r}] must be on {device}, got {target[key].device}"
+                )
     index = padded_index(counts, bucket(max(counts)), device)
-    labels = joined([target["labels"].to(torch.int64) for target in images], index, -1)
-    boxes = joined([target["boxes"] for target in images], index, 0)
-    return Targets(labels, boxes, (index > 0).sum(1))
+    labels = [image["labels"].to(torch.int64) for image in filled]
+    boxes_of = [_floating(image["boxes"], like) for image in filled]
+    dtype = boxes_of[0].dtype if boxes_of else torch.float32
+    no_label = torch.full((1,), -1, device=device)
+    no_box = torch.zeros((1, 4), dtype=dtype, device=device)
+    return Targets(
+        joined(no_label, labels, index), joined(no_box, boxes_of, index), (index > 0).sum(1)
+    )
 
 
-def _check(i: int, target: Any) -> None:
-    if not isinstance(target, Mapping):
-        raise TypeError(f"targets[{i}] must be a dictionary, got {type(target)}")
-    labels: Any = target.get("labels")
-    boxes: Any = target.get("boxes")
-    for key, value in (("labels", labels), ("boxes", boxes)):
-        if not isinstance(value, Tensor):
-            raise ValueError(f"targets[{i}] must have a tensor {key!r}, got {value!r}")
-    if labels.dim() != 1 or labels.is_floating_point():
+def _check_packed(place: str, targets: Targets, like: Tensor | None) -> None:
+    labels, boxes, counts = targets
+    check_shapes(
+        place, labels=(labels, ("B", "T")), boxes=(boxes, ("B", "T", 4)), counts=(counts, ("B",))
+    )
+    if labels.is_floating_point():
+        raise ValueError(f"{place}: labels must be integers, got {labels.dtype}")
+    if like is not None and labels.device != like.device:
+        raise ValueError(f"{place}: labels must be on {like.device}, got {labels.device}")
+
+
+def check_images(place: str, targets: Targets, n_images: int) -> None:
+    """Raise ValueError unless the targets are of so many images."""
+    if len(targets.labels) != n_images:
         raise ValueError(
-            f"targets[{i}]['labels'] must be integers of shape (n,), "
+            f"{place}: targets has {len(targets.labels)} images, the predictions have {n_images}"
+        )
+
+
+def unpack(targets: Targets) -> list[dict[str, Tensor]]:
+    """One dictionary per image, as `pack` takes them; the counts are read from the device."""
+    images = zip(targets.labels, targets.boxes, targets.counts.tolist(), strict=True)
+    return [{"labels": labels[:n], "boxes": boxes[:n]} for labels, boxes, n in images]
+
+
+def counts_of(targets: Targets | Sequence[Mapping[str, Tensor]]) -> list[int]:
+    """Boxes in each image; of `Targets` they are read from the device."""
+    if isinstance(targets, Targets):
+        counts: list[int] = targets.counts.tolist()
+        return counts
+    return [target["labels"].numel() for target in targets]
+
+
+def _check(place: str, target: Any) -> None:
+    if not isinstance(target, Mapping):
+        raise TypeError(f"{place} must be a dictionary, got {type(target).__name__}")
+    for key in ("labels", "boxes"):
+        if target.get(key) is None:
+            raise ValueError(f"{place} must have a tensor {key!r}, got {list(target)}")
+        if not isinstance(target[key], Tensor):
+            raise TypeError(f"{place}[{key!r}] must be a tensor, got {type(target[key]).__name__}")
+    labels, boxes = target["labels"], target["boxes"]
+    n = labels.numel()
+    if n and (labels.dim() != 1 or labels.is_floating_point()):
+        raise ValueError(
+            f"{place}['labels'] must be integers of shape (n,), "
             f"got {labels.dtype} {tuple(labels.shape)}"
         )
-    if boxes.shape != (len(labels), 4):
+    if boxes.shape != (n, 4) and (n or boxes.numel()):
         raise ValueError(
-            f"targets[{i}]['boxes'] must have shape ({len(labels)}, 4) as there are "
-            f"{len(labels)} labels, got {tuple(boxes.shape)}"
+            f"{place}['boxes'] must have shape ({n}, 4) as there are {n} labels, "
+            f"got {tuple(boxes.shape)}"
         )
+
+
+def _floating(boxes: Tensor, like: Tensor | None) -> Tensor:
+    if like is not None:
+        return boxes.to(arithmetic_dtype(like))
+    return boxes if boxes.is_floating_point() else boxes.to(torch.float32)
 
 
 def padded_index(counts: Sequence[int], width: int, device: torch.device) -> Tensor:
@@ -102,7 +168,6 @@ def padded_index(counts: Sequence[int], width: int, device: torch.device) -> Ten
     return index.to(device, non_blocking=True)
 
 
-def joined(parts: Sequence[Tensor], index: Tensor, fill: float) -> Tensor:
-    """The concatenation of `parts` behind a row of `fill`, at `index`."""
-    filler = parts[0].new_full((1, *parts[0].shape[1:]), fill)
+def joined(filler: Tensor, parts: Sequence[Tensor], index: Tensor) -> Tensor:
+    """The concatenation of `parts` behind a row of filler, at `index`."""
     return torch.cat([filler, *parts])[index]

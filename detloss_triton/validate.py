@@ -143,12 +143,27 @@ def _are_apart(x: Tensor) -> Tensor:
     return ((box[..., :2] > anchor[..., 2:]) | (anchor[..., :2] > box[..., 2:])).any(-1)
 
 
+# Rounding may move a box's side out of the image by so much of it.
+_ROUNDING = 0.01
+# Boxes of data that does not clip them leave the image: one by up to its size, and those that look
+# like corners together by a tenth of it.
+_FAR, _TOGETHER = 1.0, 0.1
+
+
+def _outside(x: Tensor) -> Tensor:
+    """How far the farthest side of a box normalised cxcywh lies outside the image; 0 inside."""
+    low, high = x[..., :2] - x[..., 2:] / 2, x[..., :2] + x[..., 2:] / 2
+    return torch.maximum(-low, high - 1).amax(-1).clamp(min=0)
+
+
 def _is_no_size(x: Tensor) -> Tensor:
-    return ~(x.isfinite().all(-1) & (x[..., 2:] >= 0).all(-1))
+    is_size = x.isfinite().all(-1) & (x[..., 2:] >= 0).all(-1)
+    return ~(is_size & (_outside(x) <= _FAR))
 
 
 FINITE = Rule("a finite number", lambda x: ~x.isfinite())
 NOT_NEGATIVE = Rule("a finite number, at least 0", lambda x: ~(x.isfinite() & (x >= 0)))
+NOT_ZERO = Rule("a finite number other than 0", lambda x: ~(x.isfinite() & (x != 0)))
 POSITIVE = Rule("a finite number above 0", lambda x: ~(x.isfinite() & (x > 0)))
 # An IoU, or what is made of one, may round to a little more than 1.
 FRACTION = Rule("a number in [0, 1]", lambda x: ~((x >= 0) & (x <= 1.001)))
@@ -157,10 +172,20 @@ NOTHING = Rule("0, as the label is no class", lambda x: x != 0)
 XYXY = Rule("finite x1, y1, x2, y2 with x2 >= x1 and y2 >= y1", lambda x: _is_no_box(*x.unbind(-1)))
 # Of the eight numbers of both, as they fail in other units than each other's.
 MEETS_ANCHOR = Rule("a box that meets its anchor, given after it", _are_apart)
-CXCYWH = Rule("finite cx, cy, w, h with w >= 0 and h >= 0", _is_no_size)
+CXCYWH = Rule(
+    "normalised cx, cy, w, h, finite, with w >= 0 and h >= 0 and all sides in [-1, 2]", _is_no_size
+)
+NORMALISED = Rule(
+    "a coordinate of a box normalised cxcywh, in [0, 1]",
+    lambda x: ~((x >= -_ROUNDING) & (x <= 1 + _ROUNDING)),
+)
+# D-FINE's bins move a side of a box by up to twice the box's size, either way.
+DECODED = Rule(
+    "a coordinate of a box normalised cxcywh, in [-1, 3]", lambda x: ~((x >= -1) & (x <= 3))
+)
 
 # Boxes in units of their image are not larger, also where they stick out of it by its size.
-NORMALISED = 2
+_LARGEST = 2
 
 # What anchors that teach nothing are labelled with, here and elsewhere.
 IGNORED_LABELS = (-1, -100)
@@ -206,12 +231,31 @@ def in_pixels(n_classes: int) -> Rule:
     def wrong(x: Tensor) -> Tensor:
         label, x1, y1, x2, y2 = x.unbind(-1)
         is_box = (label >= 0) & (label < n_classes) & (x2 > x1) & (y2 > y1)
-        is_large = is_box & (x[..., 1:].abs() > NORMALISED).any(-1)
+        is_large = is_box & (x[..., 1:].abs() > _LARGEST).any(-1)
         return is_box & ~is_large.any()
 
     return Rule(
-        f"boxes in pixels, of which some in the batch reach beyond {NORMALISED}; normalised boxes "
+        f"boxes in pixels, of which some in the batch reach beyond {_LARGEST}; normalised boxes "
         "must be multiplied by the image's width and height",
+        wrong,
+    )
+
+
+def no_corners(is_box: Tensor) -> Rule:
+    """Of a batch of boxes normalised cxcywh, those that are used: that they are not xyxy.
+
+    Read as cx, cy, w, h, corners have w >= cx and h >= cy in every box, and many leave the image.
+    Boxes that lie in the image are never refused, nor a batch of which one box has w < cx.
+    """
+
+    def wrong(x: Tensor) -> Tensor:
+        like_corners = (x[..., 2:] >= x[..., :2]).all(-1) | ~is_box
+        outside = torch.where(is_box, (_outside(x) - _ROUNDING).clamp(min=0), 0)
+        return (outside > 0) & like_corners.all() & (outside.sum() > _TOGETHER)
+
+    return Rule(
+        "normalised cx, cy, w, h; all boxes of the batch have w >= cx and h >= cy, as corners "
+        "x1, y1, x2, y2 have, and this one leaves the image",
         wrong,
     )
 

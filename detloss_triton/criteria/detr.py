@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from detloss_triton.reduction import EPS32
-from detloss_triton.targets import Targets
-from detloss_triton.validate import enabled
 
 from .set_prediction import (
+    AnyTargets,
     Indices,
     Layers,
     Matched,
@@ -19,12 +17,9 @@ from .set_prediction import (
     SetCriterion,
     box_losses,
     classification_losses,
-    count_boxes,
-    denoising_map,
     iou_of,
     matched_targets,
     named_losses,
-    stack_layers,
 )
 
 
@@ -32,55 +27,55 @@ class DetrCriterion(SetCriterion):
     """Losses of RT-DETR (Zhao et al., 2023, https://arxiv.org/abs/2304.08069).
 
     Args:
-        weight_dict: factors of "loss_vfl", "loss_bbox", "loss_giou"; a loss without one has 1.
+        weight_dict: factors of "loss_vfl", "loss_bbox", "loss_giou"; a loss without one has 1, as
+            in OTX (in `DFINECriterion` it is dropped). Other keys weigh nothing, and are warned of.
         alpha, gamma: of the varifocal loss.
         num_classes: number of classes C.
     """
 
+    matched_layers: ClassVar[dict[str, str]] = {"aux_outputs": "_aux_", "enc_aux_outputs": "_enc_"}
+    denoising_layers: ClassVar[dict[str, str]] = {"dn_aux_outputs": "_dn_"}
+
     def forward(
         self,
         outputs: dict[str, Any],
-        targets: Targets | Sequence[Mapping[str, Tensor]],
+        targets: AnyTargets,
         num_boxes: float | Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Losses of all layers, each with its own matching.
 
         Args:
             outputs: {"pred_logits" (B, Q, C), "pred_boxes" (B, Q, 4) normalised cxcywh}, and
-                optionally "aux_outputs", a list of such dictionaries, and "dn_aux_outputs", one
-                over denoising queries, with "dn_meta" = {"dn_positive_idx": per image (n * groups,)
-                query indices, "dn_num_group"}. Nothing is written to it.
+                optionally lists of such dictionaries: "aux_outputs"; "enc_aux_outputs", whose
+                layers may have queries of another number, and one logit each in place of C, of any
+                object; and "dn_aux_outputs", over denoising queries, with "dn_meta" =
+                {"dn_positive_idx": per image (n * groups,) query indices, "dn_num_group"}. Nothing
+                is written to it, and predictions in other entries are warned of.
             targets: per image {"labels" (n,), "boxes" (n, 4) normalised cxcywh}, or `Targets`.
             num_boxes: normaliser; by default the number of boxes averaged over ranks, at least 1.
 
         Returns:
-            "loss_vfl", "loss_bbox", "loss_giou", and these with suffixes `_aux_i`, `_dn_i`; 0-dim.
+            "loss_vfl", "loss_bbox", "loss_giou", and these with suffixes `_aux_i`, `_enc_i`,
+            `_dn_i`; 0-dim.
 
         Raises:
             ValueError: for missing entries, layers of different shapes, "dn_aux_outputs" without
                 "dn_meta", or positives that are not one per box and group.
-            TypeError: for a matcher whose `match` is not what it matches by.
+            TypeError: for what is no tensor, or a matcher that cannot be called.
         """
-        self._check_parts()
-        if outputs.get("dn_aux_outputs") and outputs.get("dn_meta") is None:
-            raise ValueError("outputs has 'dn_aux_outputs' and so must have 'dn_meta'")
-        packed, dn_meta = self.prepare(targets, outputs.get("dn_meta"))
-        aux = outputs.get("aux_outputs") or ()
-        main = [("", outputs), *((f"_aux_{i}", o) for i, o in enumerate(aux))]
-        denoising = [(f"_dn_{i}", o) for i, o in enumerate(outputs.get("dn_aux_outputs") or ())]
-        self._check_shapes(main, denoising)
-        layers = stack_layers(main)
-        if enabled():
-            self._check_values(main, denoising, packed, dn_meta, num_boxes)
-        norm = count_boxes(packed, num_boxes, outputs["pred_logits"].device)
-        own = self.matcher.match(layers.logits, layers.boxes, packed)
-        losses = self._losses(layers, matched_targets(own, packed), norm)
-        if denoising:
-            assert dn_meta is not None
-            layers = stack_layers(denoising)
-            given = matched_targets(denoising_map(dn_meta, layers.logits.shape[2]), packed)
-            losses.update(self._losses(layers, given, norm * max(dn_meta["dn_num_group"], 1)))
+        step = self._step(outputs, targets, num_boxes)
+        losses = {}
+        for layers in step.main:
+            own = matched_targets(*self._own_matches(layers, step))
+            losses.update(self._losses(layers, own, step.norm))
+        for layers in step.denoising:
+            given, norm = self._given_matches(layers, step), self._denoising_norm(step)
+            losses.update(self._losses(layers, given, norm))
         return losses
+
+    def _queries(self, suffix: str) -> str:
+        # Matched on its own, a layer of the encoder may have as many as it likes.
+        return f"Q of {suffix[1:]}" if suffix.startswith("_enc_") else "Q"
 
     def _losses(self, layers: Layers, found: Matched, norm: Tensor) -> dict[str, Tensor]:
         iou = iou_of(layers.boxes, found)
@@ -98,7 +93,7 @@ class DetrCriterion(SetCriterion):
     def loss_labels_vfl(
         self,
         outputs: Output,
-        targets: Sequence[Mapping[str, Tensor]],
+        targets: AnyTargets,
         indices: Indices,
         num_boxes: float | Tensor,
     ) -> dict[str, Tensor]:
@@ -108,7 +103,7 @@ class DetrCriterion(SetCriterion):
     def loss_boxes(
         self,
         outputs: Output,
-        targets: Sequence[Mapping[str, Tensor]],
+        targets: AnyTargets,
         indices: Indices,
         num_boxes: float | Tensor,
     ) -> dict[str, Tensor]:
@@ -118,7 +113,7 @@ class DetrCriterion(SetCriterion):
     def _some(
         self,
         outputs: Output,
-        targets: Sequence[Mapping[str, Tensor]],
+        targets: AnyTargets,
         indices: Indices,
         num_boxes: float | Tensor,
         *names: str,

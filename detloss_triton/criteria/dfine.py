@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,24 +12,22 @@ from detloss_triton.boxes import cxcywh_to_xyxy, ltrb
 from detloss_triton.matchers import union_of_matches
 from detloss_triton.memory import forked
 from detloss_triton.ops.distribution import distillation, two_bin
-from detloss_triton.precision import arithmetic_dtype, at_least_float32
-from detloss_triton.targets import Targets
-from detloss_triton.validate import enabled
+from detloss_triton.shapes import check_counts, check_numbers
 
 from .set_prediction import (
+    AnyTargets,
     Indices,
     Layers,
     Matched,
+    NamedLayers,
     Output,
     SetCriterion,
+    as_norm,
     box_losses,
     classification_losses,
-    count_boxes,
-    denoising_map,
     iou_of,
     matched_targets,
     named_losses,
-    stack_layers,
 )
 
 _TEMPERATURE = 5.0
@@ -43,7 +41,8 @@ class DFINECriterion(SetCriterion):
 
     Args:
         weight_dict: factors of "loss_vfl", "loss_bbox", "loss_giou", "loss_fgl", "loss_ddf"; a loss
-            without one is not returned.
+            without one is dropped, as in OTX (in `DetrCriterion` it has 1). Other keys weigh
+            nothing: they are warned of, and so is a dictionary without "loss_vfl".
         alpha, gamma: of the varifocal loss.
         num_classes: number of classes C.
         reg_max: bins of a side's distribution less one, even.
@@ -53,6 +52,14 @@ class DFINECriterion(SetCriterion):
         *SetCriterion.entries,
         *("pred_corners", "ref_points", "teacher_corners", "teacher_logits", "up", "reg_scale"),
     )
+    loss_names = (*SetCriterion.loss_names, "loss_fgl", "loss_ddf")
+    without_weight = "no classification loss is computed"
+    matched_layers: ClassVar[dict[str, str]] = {
+        "aux_outputs": "_aux_",
+        "pre_outputs": "_pre",
+        "enc_aux_outputs": "_enc_",
+    }
+    denoising_layers: ClassVar[dict[str, str]] = {"dn_outputs": "_dn_", "dn_pre_outputs": "_dn_pre"}
 
     def __init__(
         self,
@@ -63,14 +70,16 @@ class DFINECriterion(SetCriterion):
         reg_max: int = 32,
     ) -> None:
         super().__init__(weight_dict, alpha, gamma, num_classes)
-        if reg_max < 4 or reg_max % 2:
-            raise ValueError(f"reg_max must be even and at least 4, got {reg_max}")
+        name = type(self).__name__
+        check_counts(name, 4, reg_max=reg_max)
+        if reg_max % 2:
+            raise ValueError(f"{name}: reg_max must be even, got {reg_max}")
         self.reg_max = reg_max
 
     def forward(
         self,
         outputs: dict[str, Any],
-        targets: Targets | Sequence[Mapping[str, Tensor]],
+        targets: AnyTargets,
         num_boxes: float | Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Losses of all layers.
@@ -80,12 +89,14 @@ class DFINECriterion(SetCriterion):
 
         Args:
             outputs: "pred_logits" (B, Q, C), "pred_boxes" (B, Q, 4) normalised cxcywh, "up" and
-                "reg_scale" (1,); for distributions "pred_corners" (B, Q, 4 (reg_max + 1)) and
-                "ref_points" (B, Q, 4) normalised cxcywh, and where a layer is distilled
-                "teacher_corners" and "teacher_logits". Optional further layers with the same
-                entries: "aux_outputs", "enc_aux_outputs", "dn_outputs" (lists), "pre_outputs",
-                "dn_pre_outputs". Denoising needs "dn_meta" = {"dn_positive_idx": per image
-                (n * groups,) query indices, "dn_num_group"}. Nothing is written to it.
+                "reg_scale" (1,) or numbers; for distributions "pred_corners"
+                (B, Q, 4 (reg_max + 1)) and "ref_points" (B, Q, 4) normalised cxcywh, and where a
+                layer is distilled "teacher_corners" and "teacher_logits". Optional further layers
+                with the same entries: "aux_outputs", "enc_aux_outputs", "dn_outputs" (lists),
+                "pre_outputs", and with "dn_outputs" also "dn_pre_outputs". A layer of the encoder
+                may have one logit in place of C, of any object. Denoising needs "dn_meta" =
+                {"dn_positive_idx": per image (n * groups,) query indices, "dn_num_group"}. Nothing
+                is written to it, and predictions in other entries are warned of.
             targets: per image {"labels" (n,), "boxes" (n, 4) normalised cxcywh}, or `Targets`.
             num_boxes: normaliser; by default the number of boxes averaged over ranks, at least 1.
 
@@ -95,40 +106,54 @@ class DFINECriterion(SetCriterion):
         Raises:
             ValueError: for missing entries, layers of different shapes, denoising outputs without
                 "dn_meta", or positives that are not one per box and group.
-            TypeError: for a matcher whose `match` is not what it matches by.
+            TypeError: for what is no tensor, or a matcher that cannot be called.
         """
-        self._check_parts()
-        main, denoising = _named_layers(outputs)
-        if denoising and outputs.get("dn_meta") is None:
-            raise ValueError("outputs has denoising layers and so must have 'dn_meta'")
-        packed, dn_meta = self.prepare(targets, outputs.get("dn_meta"))
-        self._check_shapes(main, denoising)
-        layers = stack_layers(main)
-        if enabled():
-            self._check_values(main, denoising, packed, dn_meta, num_boxes)
-        norm = count_boxes(packed, num_boxes, outputs["pred_logits"].device)
-        own = self.matcher.match(layers.logits, layers.boxes, packed)
-        union = matched_targets(union_of_matches(own, packed.labels.shape[1]), packed)
+        step = self._step(outputs, targets, num_boxes)
+        bins = self._bins(outputs, [*step.main, *step.denoising])
+        owns = [self._own_matches(layers, step) for layers in step.main]
+        matches = owns[0][0] if len(owns) == 1 else torch.cat([found for found, _ in owns])
+        most_matched = union_of_matches(matches, step.targets.labels.shape[1])
+        union = matched_targets(most_matched, step.targets)
         union_norm = union.matched.sum().clamp(min=1)
-        balance = _balance(union.matched)
-        bins = self._bins(outputs)
-        losses = self._losses(
-            layers, matched_targets(own, packed), norm, union, union_norm, balance, bins
-        )
-        if denoising:
-            assert dn_meta is not None
-            layers = stack_layers(denoising)
-            given = matched_targets(denoising_map(dn_meta, layers.logits.shape[2]), packed)
-            norm = norm * max(dn_meta["dn_num_group"], 1)
+        balance = _balance(union.matched, step.norm.dtype)
+        losses = {}
+        for layers, found in zip(step.main, owns, strict=True):
+            own = matched_targets(*found)
+            losses.update(self._losses(layers, own, step.norm, union, union_norm, balance, bins))
+        for layers in step.denoising:
+            given, norm = self._given_matches(layers, step), self._denoising_norm(step)
             losses.update(self._losses(layers, given, norm, given, norm, balance, bins))
         return losses
 
-    def _bins(self, outputs: Output) -> tuple[Tensor, Tensor] | None:
-        """(bin positions, reg_scale), where the outputs have what it takes."""
-        up, reg_scale = outputs.get("up"), outputs.get("reg_scale")
-        if up is None or reg_scale is None:
+    def _further(self, outputs: Output, kinds: Mapping[str, str]) -> list[tuple[str, Output]]:
+        named = super()._further(outputs, kinds)
+        if [suffix for suffix, _ in named] != ["_dn_pre"] or outputs.get("dn_outputs") is not None:
+            return named
+        self._warn("outputs has dn_pre_outputs without dn_outputs: its predictions are not read")
+        return []
+
+    def _bins(self, outputs: Output, layers: Sequence[Layers]) -> tuple[Tensor, Tensor] | None:
+        """(bin positions, reg_scale), where a layer has distributions."""
+        if not _has_corners([output for each in layers for output in each.outputs]):
             return None
+        up, reg_scale = (
+            as_norm(outputs[key], outputs["pred_boxes"]) for key in ("up", "reg_scale")
+        )
         return bin_positions(self.reg_max, up, reg_scale), reg_scale
+
+    def _check_shapes(self, main: NamedLayers, denoising: NamedLayers = ()) -> None:
+        super()._check_shapes(main, denoising)
+        if not _has_corners([output for _, output in (*main, *denoising)]):
+            return
+        name, (_, outputs) = type(self).__name__, main[0]
+        device = outputs["pred_logits"].device
+        for key in ("up", "reg_scale"):
+            number = outputs.get(key)
+            if number is None:
+                raise ValueError(f"{name}: outputs has 'pred_corners' and so must have {key!r}")
+            check_numbers(name, **{f"outputs {key}": number})
+            if isinstance(number, Tensor) and number.device != device:
+                raise ValueError(f"{name}: outputs {key} must be on {device}, got {number.device}")
 
     def _widths(self, output: Output) -> dict[str, int | str]:
         widths = super()._widths(output)
@@ -159,9 +184,10 @@ class DFINECriterion(SetCriterion):
             "loss_bbox": distance / union_norm,
             "loss_giou": overlap / union_norm,
         }
-        losses = named_losses(values, self.weight_dict, layers.suffixes)
+        weights = self.weight_dict
+        losses = named_losses(values, weights, layers.suffixes)
         iou = iou if own is union else iou_of(layers.boxes, union)
-        return {**losses, **self._local(layers, union, iou, union_norm, balance, bins)}
+        return {**losses, **self._local(layers, union, iou, union_norm, balance, bins, weights)}
 
     def _local(
         self,
@@ -171,6 +197,7 @@ class DFINECriterion(SetCriterion):
         norm: Tensor,
         balance: Tensor,
         bins: tuple[Tensor, Tensor] | None,
+        weights: Mapping[str, float],
         temperature: float = _TEMPERATURE,
     ) -> dict[str, Tensor]:
         """Localisation and distillation losses of the layers that have distributions."""
@@ -179,8 +206,7 @@ class DFINECriterion(SetCriterion):
         ]
         if not with_corners:
             return {}
-        if bins is None:
-            raise ValueError("outputs has 'pred_corners' and so must have 'up' and 'reg_scale'")
+        assert bins is not None
         n_sides = (4, self.reg_max + 1)
         taught = [i for i in with_corners if layers.outputs[i].get("teacher_corners") is not None]
         corners, student = _and_some(
@@ -193,14 +219,14 @@ class DFINECriterion(SetCriterion):
         weight = used.unsqueeze(-1).expand(left.shape)
         fgl = two_bin(corners, left, 1 - right_weight, right_weight, weight=weight, keep=1) / norm
         losses = named_losses(
-            {"loss_fgl": fgl}, self.weight_dict, [layers.suffixes[i] for i in with_corners]
+            {"loss_fgl": fgl}, weights, [layers.suffixes[i] for i in with_corners]
         )
         if taught:
             teacher = layers.stacked("teacher_corners", taught).detach().unflatten(-1, n_sides)
             best = layers.stacked("teacher_logits", taught).detach().amax(-1)
-            confidence = at_least_float32(best).sigmoid()
+            confidence = best.to(iou.dtype).sigmoid()
             _, iou_of_taught = _and_some(iou, taught)
-            weight = torch.where(found.matched, iou_of_taught, confidence.to(iou.dtype))
+            weight = torch.where(found.matched, iou_of_taught, confidence)
             weight = weight * _shares(found.matched, balance)
             ddf = distillation(
                 *(student, teacher.expand(student.shape)),
@@ -209,13 +235,13 @@ class DFINECriterion(SetCriterion):
                 temperature=temperature,
             )
             suffixes = [layers.suffixes[i] for i in taught]
-            losses.update(named_losses({"loss_ddf": ddf}, self.weight_dict, suffixes))
+            losses.update(named_losses({"loss_ddf": ddf}, weights, suffixes))
         return losses
 
     def loss_labels_vfl(
         self,
         outputs: Output,
-        targets: Sequence[Mapping[str, Tensor]],
+        targets: AnyTargets,
         indices: Indices,
         num_boxes: float | Tensor,
     ) -> dict[str, Tensor]:
@@ -228,7 +254,7 @@ class DFINECriterion(SetCriterion):
     def loss_boxes(
         self,
         outputs: Output,
-        targets: Sequence[Mapping[str, Tensor]],
+        targets: AnyTargets,
         indices: Indices,
         num_boxes: float | Tensor,
     ) -> dict[str, Tensor]:
@@ -243,7 +269,7 @@ class DFINECriterion(SetCriterion):
     def loss_local(
         self,
         outputs: Output,
-        targets: Sequence[Mapping[str, Tensor]],
+        targets: AnyTargets,
         indices: Indices,
         num_boxes: float | Tensor,
         temperature: float = _TEMPERATURE,
@@ -251,9 +277,16 @@ class DFINECriterion(SetCriterion):
         """Localisation and distillation losses of one layer matched by `indices`, unweighted."""
         layers, found, norm = self._given(outputs, targets, indices, num_boxes)
         iou = iou_of(layers.boxes, found)
-        plain = DFINECriterion({"loss_fgl": 1.0, "loss_ddf": 1.0}, reg_max=self.reg_max)
-        return plain._local(
-            *(layers, found, iou, norm, _balance(found.matched), self._bins(outputs)),
+        return self._local(
+            *(
+                layers,
+                found,
+                iou,
+                norm,
+                _balance(found.matched, norm.dtype),
+                self._bins(outputs, [layers]),
+            ),
+            weights={"loss_fgl": 1.0, "loss_ddf": 1.0},
             temperature=temperature,
         )
 
@@ -298,25 +331,14 @@ def _and_some(stacked: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
     return stacked, torch.stack([stacked[i] for i in layers])
 
 
-def _named_layers(
-    outputs: Output,
-) -> tuple[list[tuple[str, Output]], list[tuple[str, Output]]]:
-    """(suffix, output) of the layers that are matched, and of the denoising ones."""
-    main = [("", outputs)]
-    main += [(f"_aux_{i}", o) for i, o in enumerate(outputs.get("aux_outputs") or ())]
-    if outputs.get("pre_outputs") is not None:
-        main.append(("_pre", outputs["pre_outputs"]))
-    main += [(f"_enc_{i}", o) for i, o in enumerate(outputs.get("enc_aux_outputs") or ())]
-    denoising = [(f"_dn_{i}", o) for i, o in enumerate(outputs.get("dn_outputs") or ())]
-    if denoising and outputs.get("dn_pre_outputs") is not None:
-        denoising.append(("_dn_pre", outputs["dn_pre_outputs"]))
-    return main, denoising
+def _has_corners(outputs: Sequence[Output]) -> bool:
+    return any(output.get("pred_corners") is not None for output in outputs)
 
 
-def _balance(matched: Tensor) -> Tensor:
+def _balance(matched: Tensor, dtype: torch.dtype) -> Tensor:
     """(2,) what the distillation's means over matched and other sides weigh: a and b over a + b."""
     n_images, n_queries = matched.shape[-2:]
-    n_matched = 4.0 * matched.sum()
+    n_matched = 4.0 * matched.sum().to(dtype)
     sizes = torch.stack([n_matched, 4.0 * n_images * n_queries - n_matched])
     roots = (sizes * (_REFERENCE_BATCH / n_images)).sqrt()
     return roots / roots.sum()
@@ -324,7 +346,7 @@ def _balance(matched: Tensor) -> Tensor:
 
 def _shares(matched: Tensor, balance: Tensor) -> Tensor:
     """(..., B, Q) each side's factor, so that a weighted sum is the balanced sum of two means."""
-    n_matched = 4.0 * matched.sum()
+    n_matched = 4.0 * matched.sum().to(balance.dtype)
     n_others = 4.0 * matched.numel() - n_matched
     at_matched, at_others = (balance / torch.stack([n_matched, n_others]).clamp(min=1)).unbind()
     return torch.where(matched, at_matched, at_others)
@@ -336,7 +358,7 @@ def bin_positions(reg_max: int, up: Tensor, reg_scale: Tensor) -> Tensor:
     [-2u, 1 - s^(R/2-1), ..., 1 - s, 0, s - 1, ..., s^(R/2-1) - 1, 2u] with u = |up| |reg_scale| and
     s = (u + 1)^(2 / (R - 2)): fine near 0, coarse far off.
     """
-    u = (up.detach().to(torch.float32).abs() * reg_scale.detach().to(torch.float32).abs()).view(())
+    u = (up.detach().abs() * reg_scale.detach().abs()).view(())
     n = torch.arange(reg_max + 1, device=up.device) - reg_max // 2
     size = (u + 1).pow(2 / (reg_max - 2)).pow(n.abs()) - 1
     size = torch.where(n.abs() == reg_max // 2, 2 * u, size)
@@ -355,7 +377,7 @@ def box_bins(
         points: (L, B, Q, 4) reference boxes cxcywh. boxes: (L or 1, B, Q, 4) targets cxcywh.
         positions: (R + 1,). Returns two of (L, B, Q, 4), sides l, t, r, b.
     """
-    dtype = arithmetic_dtype(points)
+    dtype = positions.dtype
     points, boxes = points.to(dtype), boxes.to(dtype)
     scale = reg_scale.detach().to(dtype).abs().view(())
     size = points[..., 2:].repeat(1, 1, 1, 2) / scale + _SIZE_EPS

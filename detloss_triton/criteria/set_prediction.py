@@ -1,47 +1,67 @@
 """What the criteria of the DETR family share: stacked layers, matches as maps, losses per layer.
 
-Every layer of a kind (last, auxiliary, encoder; denoising) has the same shape, so they are stacked
-and each loss runs once: launches do not grow with the decoder. A match is a map from queries to
-targets, -1 where there is none: predictions are never gathered, gradients never scattered.
+Layers of a kind (last, auxiliary, encoder; denoising) nearly always have one shape, so they are
+stacked and each loss runs once: launches do not grow with the decoder. A match is a map from
+queries to targets, -1 where there is none: predictions are never gathered, gradients never
+scattered.
 """
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import FrameType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from detloss_triton.backend import is_eager_cpu
 from detloss_triton.boxes import cxcywh_to_xyxy
 from detloss_triton.gather import settled
 from detloss_triton.matchers import HungarianMatcher
 from detloss_triton.memory import stack
 from detloss_triton.ops.classification import varifocal
 from detloss_triton.ops.regression import giou_loss, iou_loss, l1
+from detloss_triton.precision import arithmetic_dtype
 from detloss_triton.reduction import rank_means, unbound
-from detloss_triton.shapes import check_shapes
-from detloss_triton.targets import Targets, joined, pack, padded_index
+from detloss_triton.shapes import check_counts, check_mapping, check_numbers, check_shapes
+from detloss_triton.targets import Targets, check_images, counts_of, pack, unpack
 from detloss_triton.validate import (
     CXCYWH,
+    DECODED,
     FINITE,
-    NOT_NEGATIVE,
+    NORMALISED,
+    NOT_ZERO,
+    POSITIVE,
     a_class,
     a_query_per_box,
     at_most,
     check,
+    enabled,
+    no_corners,
 )
+
+from .arguments import constants, precision_of
+from .denoising import denoising_map, matched_indices, prepare_positives
+from .levels import has_hooks
 
 _GIOU_EPS = 1e-6
 
 Output = Mapping[str, Any]
+# Per image, as a list of dictionaries or packed.
+AnyTargets = Targets | Sequence[Mapping[str, Tensor]]
 Indices = Sequence[tuple[Tensor, Tensor]]
 # (suffix of its losses, output) of each layer.
 NamedLayers = Sequence[tuple[str, Output]]
 
 # What OTX's forward calls layer by layer, and subclasses of its criteria may override.
-_PER_LAYER = ("loss_labels_vfl", "loss_boxes", "loss_local", "fgl_loss", "get_cdn_matched_indices")
+_PER_LAYER = (
+    *("loss_labels_vfl", "loss_boxes", "loss_local", "fgl_loss", "get_cdn_matched_indices"),
+    *("_available_losses", "_get_go_indices", "_get_src_permutation_idx", "prepare"),
+)
 
 MATCHING_COSTS = {"cost_class": 2.0, "cost_bbox": 5.0, "cost_giou": 2.0}
 
@@ -67,14 +87,26 @@ class Layers:
         return stack(tensors)
 
 
-def stack_layers(named: NamedLayers) -> Layers:
-    """Stack the outputs of layers of one shape, given with the suffixes of their losses."""
-    return Layers(
-        stack([output["pred_logits"] for _, output in named]),
-        stack([output["pred_boxes"] for _, output in named]),
-        tuple(suffix for suffix, _ in named),
-        tuple(output for _, output in named),
-    )
+def stack_layers(named: NamedLayers) -> list[Layers]:
+    """Stack the outputs of layers, given with the suffixes of their losses, by their shapes."""
+    groups: list[list[tuple[str, Output]]] = []
+    for layer in named:
+        shape = layer[1]["pred_logits"].shape
+        for group in groups:
+            if group[0][1]["pred_logits"].shape == shape:
+                group.append(layer)
+                break
+        else:
+            groups.append([layer])
+    return [
+        Layers(
+            stack([output["pred_logits"] for _, output in group]),
+            stack([output["pred_boxes"] for _, output in group]),
+            tuple(suffix for suffix, _ in group),
+            tuple(output for _, output in group),
+        )
+        for group in groups
+    ]
 
 
 @dataclass(frozen=True)
@@ -137,19 +169,20 @@ def box_losses(boxes: Tensor, found: Matched) -> tuple[Tensor, Tensor]:
     return distance, overlap
 
 
-def as_norm(given: float | Tensor, device: torch.device) -> Tensor:
+def as_norm(given: float | Tensor, boxes: Tensor) -> Tensor:
     """A normaliser as a 0-dim tensor: a number is written on the device, not copied to it."""
+    dtype = arithmetic_dtype(boxes)
     if isinstance(given, Tensor):
-        return given.to(device, torch.float32)
-    return torch.full((), given, dtype=torch.float32, device=device)
+        return given.detach().reshape(()).to(boxes.device, dtype)
+    return torch.full((), given, dtype=dtype, device=boxes.device)
 
 
-def count_boxes(targets: Targets, given: float | Tensor | None, device: torch.device) -> Tensor:
+def count_boxes(targets: Targets, given: float | Tensor | None, boxes: Tensor) -> Tensor:
     """The normaliser: the number of boxes, averaged over ranks, at least 1; or the one given."""
     if given is not None:
-        return as_norm(given, device)
-    (mean,) = rank_means(targets.counts.sum())
-    return mean.clamp(min=1).to(device)
+        return as_norm(given, boxes)
+    (mean,) = rank_means(targets.counts.sum().to(arithmetic_dtype(boxes)))
+    return mean.clamp(min=1).to(boxes.device)
 
 
 def named_losses(
@@ -164,88 +197,89 @@ def named_losses(
     return losses
 
 
-def map_of_indices(indices: Indices, n_queries: int) -> Tensor:
-    """(1, B, Q) target of each query, from one pair (query indices, target indices) per image."""
-    device = indices[0][0].device
-    out = torch.full((len(indices), n_queries), -1, dtype=torch.int64, device=device)
-    for row, (queries, found) in zip(out, indices, strict=True):
-        row[queries.to(device)] = found.to(row)
-    return out.unsqueeze(0)
+def map_of_indices(
+    found: Any, n_queries: int, targets: Targets, counts: Sequence[int] | None, place: str
+) -> Tensor:
+    """(1, B, Q) target of each query, from one pair (query indices, target indices) per image.
 
+    Pairs that lie on a CPU are looked at. Of others, one out of range is none, and of several of a
+    query one counts, unless values are checked.
 
-def prepare(
-    targets: Targets | Sequence[Mapping[str, Tensor]], dn_meta: Mapping[str, Any] | None
-) -> tuple[Targets, dict[str, Any] | None]:
-    """Pack targets, and with them the denoising queries' positives, as tensors of bucketed shape.
-
-    `dn_positive_idx` becomes (B, groups, T): the query of each target in each group, -1 for none.
+    Args:
+        found: the pairs, or as other projects' matchers return them, {"indices": the pairs}.
+        counts: boxes in each image, where the host knows.
 
     Raises:
-        ValueError: if an image's positives are not one per box and group.
+        TypeError, ValueError: for what holds no such pairs.
     """
-    packed = pack(targets)
-    if dn_meta is None:
-        return packed, None
-    positives, groups = dn_meta["dn_positive_idx"], dn_meta["dn_num_group"]
-    if isinstance(positives, Tensor):
-        check_shapes(
-            "dn_meta",
-            labels=(packed.labels, ("B", "T")),
-            dn_positive_idx=(positives, ("B", "groups", "T")),
-        )
-        return packed, dict(dn_meta)
-    shapes = [tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__ for p in positives]
-    if len(shapes) != len(packed.labels) or not all(len(shape) == 1 for shape in shapes):
+    pairs = found.get("indices") if isinstance(found, Mapping) else found
+    n_images = len(targets.labels)
+    if not isinstance(pairs, (list, tuple)) or len(pairs) != n_images:
+        came = f"{len(pairs)} of them" if isinstance(pairs, (list, tuple)) else type(pairs).__name__
         raise ValueError(
-            f"dn_positive_idx must have a tensor (n * groups,) for each of {len(packed.labels)} "
-            f"images, got {shapes}"
+            f"{place}: indices must be a list of pairs (query indices, target indices), or "
+            f"{{'indices': the list}}, one for each of {n_images} images, got {came}"
         )
-    counts = [len(p) // max(groups, 1) for p in positives]
-    if not isinstance(targets, Targets):
-        check_positives(positives, [len(t["labels"]) for t in targets], groups)
-    device = packed.labels.device
-    rows = [count for count in counts for _ in range(groups)]
-    index = padded_index(rows, packed.labels.shape[1], device)
-    queries = joined([p.to(device) for p in positives], index, -1)
-    queries = queries.view(len(counts), groups, packed.labels.shape[1])
-    return packed, {**dn_meta, "dn_positive_idx": queries}
-
-
-def check_positives(positives: Sequence[Tensor], counts: Sequence[int], groups: int) -> None:
-    """Raise ValueError unless every image has one denoising positive per box and group."""
-    for image, (positive, count) in enumerate(zip(positives, counts, strict=True)):
-        if len(positive) != count * groups:
+    if counts is None and (enabled() or is_eager_cpu(targets.counts.device)):
+        counts = counts_of(targets)
+    out = targets.labels.new_full((n_images, n_queries + 1), -1, dtype=torch.int64)
+    for image, pair in enumerate(pairs):
+        at = f"{place}, image {image}: indices"
+        if not isinstance(pair, (list, tuple, Tensor)) or len(pair) != 2:
+            raise ValueError(f"{at} must be a pair (query indices, target indices)")
+        queries, chosen = (_as_indices(index, at) for index in pair)
+        if queries.shape != chosen.shape:
             raise ValueError(
-                f"dn_positive_idx[{image}] must have {count} boxes x {groups} groups = "
-                f"{count * groups} entries, got {len(positive)}"
+                f"{at} must be of as many queries as targets, got {len(queries)} and {len(chosen)}"
             )
+        if enabled() or is_eager_cpu(queries.device):
+            _check_range(f"{at} of queries", queries, n_queries)
+            if counts is not None:
+                _check_range(f"{at} of targets", chosen, counts[image])
+            if len(queries.unique()) < len(queries):
+                raise ValueError(f"{at} must have each query once, got {queries.tolist()}")
+        queries, chosen = queries.to(out.device), chosen.to(out.device)
+        is_pair = (queries >= 0) & (queries < n_queries)
+        is_pair &= (chosen >= 0) & (chosen < targets.counts[image])
+        # What is no pair is written to one more column, which is cut off.
+        out[image].scatter_(0, torch.where(is_pair, queries, n_queries), chosen)
+    return out[:, :n_queries].unsqueeze(0)
 
 
-def denoising_map(dn_meta: Mapping[str, Any], n_queries: int) -> Tensor:
-    """(1, B, Q) target of each denoising query."""
-    queries = dn_meta["dn_positive_idx"]
-    n_images, _, n_targets = queries.shape
-    target = torch.arange(n_targets, device=queries.device).expand_as(queries)
-    out = target.new_full((n_images, n_queries + 1), -1)
-    is_query = (queries >= 0) & (queries < n_queries)
-    index = torch.where(is_query, queries, n_queries).long()
-    return out.scatter(1, index.flatten(1), target.flatten(1))[:, :n_queries].unsqueeze(0)
+def _check_range(place: str, index: Tensor, n: int) -> None:
+    wrong = (index < 0) | (index >= n)
+    if wrong.any():
+        raise ValueError(f"{place} must be in [0, {n}), got {index[wrong][0].item()}")
 
 
-def get_cdn_matched_indices(
-    dn_meta: Mapping[str, Any], targets: Sequence[Mapping[str, Tensor]]
-) -> list[tuple[Tensor, Tensor]]:
-    """The given pairs of denoising queries: per image (query indices, target indices).
+def _as_indices(index: Any, place: str) -> Tensor:
+    if not isinstance(index, (list, tuple)) and not hasattr(index, "__array__"):
+        raise TypeError(f"{place} must be two tensors, got {type(index).__name__}")
+    index = torch.as_tensor(index)
+    no_integers = index.is_floating_point() or index.dtype == torch.bool
+    if index.dim() != 1 or (no_integers and index.numel()):
+        raise ValueError(
+            f"{place} must be two tensors of integers (n,), got {index.dtype} {tuple(index.shape)}"
+        )
+    return index.to(torch.int64)
 
-    Raises:
-        ValueError: if an image's positives are not one per box and group.
+
+@dataclass(frozen=True)
+class Step:
+    """What a criterion was called with, checked and packed.
+
+    Args:
+        main: layers that are matched. denoising: layers whose pairs are given.
+        images: the targets as a matcher of another project takes them.
+        norm: () the number of boxes.
     """
-    positives, groups = dn_meta["dn_positive_idx"], dn_meta["dn_num_group"]
-    check_positives(positives, [len(t["labels"]) for t in targets], groups)
-    return [
-        (positive, torch.arange(len(t["labels"]), device=t["labels"].device).repeat(groups))
-        for positive, t in zip(positives, targets, strict=True)
-    ]
+
+    main: list[Layers]
+    denoising: list[Layers]
+    targets: Targets
+    images: AnyTargets
+    dn_meta: dict[str, Any] | None
+    norm: Tensor
 
 
 class SetCriterion(nn.Module):
@@ -255,9 +289,16 @@ class SetCriterion(nn.Module):
     of boxes in an image, and on the torch backend three copies of them for the host.
     """
 
-    get_cdn_matched_indices = staticmethod(get_cdn_matched_indices)
     # What is read of each layer's output, where it is there.
     entries: tuple[str, ...] = ("pred_logits", "pred_boxes")
+    # The losses that `weight_dict` may weigh.
+    loss_names: tuple[str, ...] = ("loss_vfl", "loss_bbox", "loss_giou")
+    # What becomes of a loss without a weight.
+    without_weight = "it weighs 1"
+    # Entries of the outputs that hold further layers, and the suffixes of their losses; one that
+    # ends with _ is of a list, and goes on with the layer's number.
+    matched_layers: ClassVar[dict[str, str]] = {}
+    denoising_layers: ClassVar[dict[str, str]] = {}
     # A method that the class overrides and `forward` does not call.
     _in_vain = ""
 
@@ -281,42 +322,163 @@ class SetCriterion(nn.Module):
         num_classes: int = 80,
     ) -> None:
         super().__init__()
+        name = type(self).__name__
+        check_numbers(name, alpha=alpha, gamma=gamma)
+        check_counts(name, 1, num_classes=num_classes)
         self.weight_dict = weight_dict
-        self.matcher = HungarianMatcher(MATCHING_COSTS)
+        self.matcher: Any = HungarianMatcher(MATCHING_COSTS)
         self.alpha = alpha
         self.gamma = gamma
         self.num_classes = num_classes
+        self._warned: set[str] = set()
+        self._check_weights()
 
     def prepare(
-        self,
-        targets: Targets | Sequence[Mapping[str, Tensor]],
-        dn_meta: Mapping[str, Any] | None = None,
+        self, targets: AnyTargets, dn_meta: Mapping[str, Any] | None = None
     ) -> tuple[Targets, dict[str, Any] | None]:
         """Targets and dn_meta as `forward` packs them: call it outside a compiled region."""
-        return prepare(targets, dn_meta)
+        # Whatever predictions will be, boxes keep their precision until then.
+        name, targets = type(self).__name__, constants(targets, torch.float64)
+        packed = pack(targets, name)
+        if dn_meta is None:
+            return packed, None
+        return packed, prepare_positives(dn_meta, packed, targets, name)
 
     @classmethod
-    def _refuse_overrides(cls) -> None:
-        if cls._in_vain:
+    def get_cdn_matched_indices(
+        cls, dn_meta: Mapping[str, Any], targets: AnyTargets
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The given pairs of denoising queries: per image (query indices, target indices).
+
+        Of `Targets`, the numbers of boxes are read from the device.
+
+        Raises:
+            ValueError: for a missing entry, or positives that are not one per box and group.
+        """
+        return matched_indices(dn_meta, targets, cls.__name__)
+
+    def _step(self, outputs: Output, targets: AnyTargets, num_boxes: Any) -> Step:
+        """Check and pack the arguments of `forward`."""
+        self._check_parts()
+        name = type(self).__name__
+        check_mapping(name, outputs=outputs)
+        boxes = outputs.get("pred_boxes")
+        main = [("", outputs), *self._further(outputs, self.matched_layers)]
+        denoising = self._further(outputs, self.denoising_layers)
+        if denoising and outputs.get("dn_meta") is None:
+            raise ValueError(f"{name}: outputs has denoising layers and so must have 'dn_meta'")
+        targets = constants(targets, self._precision([*main, *denoising]))
+        packed, dn_meta = pack(targets, name, boxes if isinstance(boxes, Tensor) else None), None
+        self._check_shapes(main, denoising)
+        check_images(name, packed, outputs["pred_logits"].shape[0])
+        if denoising:
+            dn_meta = prepare_positives(outputs["dn_meta"], packed, targets, name)
+        if num_boxes is not None:
+            self._check_num_boxes(num_boxes)
+        self._check_weights()
+        self._warn_of_unread(outputs)
+        if enabled():
+            self._check_values(main, denoising, packed, dn_meta, num_boxes)
+        norm = count_boxes(packed, num_boxes, outputs["pred_boxes"])
+        return Step(stack_layers(main), stack_layers(denoising), packed, targets, dn_meta, norm)
+
+    def _precision(self, layers: NamedLayers) -> torch.dtype:
+        """What is computed in, as predictions are; where "triton" was asked for not float64."""
+        keys = [key for key in self.entries if key.startswith("pred_")]
+        return precision_of(
+            self, **{f"outputs{suffix} {key}": o.get(key) for suffix, o in layers for key in keys}
+        )
+
+    def _further(self, outputs: Output, kinds: Mapping[str, str]) -> list[tuple[str, Output]]:
+        """(suffix, output) of the layers in some entries; an entry of None is not there."""
+        name, named = type(self).__name__, []
+        for key, suffix in kinds.items():
+            layers = outputs.get(key)
+            if layers is None:
+                continue
+            if not suffix.endswith("_"):
+                named.append((suffix, layers))
+            elif isinstance(layers, (list, tuple)):
+                named += [(f"{suffix}{i}", layer) for i, layer in enumerate(layers)]
+            else:
+                raise TypeError(
+                    f"{name}: outputs[{key!r}] must be a list of dictionaries, one per layer, "
+                    f"got {type(layers).__name__}"
+                )
+        for suffix, layer in named:
+            check_mapping(name, **{f"outputs{suffix}": layer})
+        return named
+
+    def _own_matches(self, layers: Layers, step: Step) -> tuple[Tensor, Targets]:
+        """(L, B, Q) target of each query of some layers, and the targets they are matched with."""
+        targets, images = step.targets, step.images
+        if layers.logits.shape[-1] < self.num_classes:
+            # The encoder's one class is that of every object.
+            targets = Targets(targets.labels.clamp(max=0), targets.boxes, targets.counts)
+            images = targets
+        if self._matches_at_once():
+            return self.matcher.match(layers.logits, layers.boxes, targets), targets
+        if isinstance(images, Targets):
+            images = unpack(images)
+        found = []
+        for suffix, output in zip(layers.suffixes, layers.outputs, strict=True):
+            # The outputs as OTX hands them over: those of the last layer hold the others.
+            layer = {key: value for key, value in output.items() if "aux" not in key}
+            kind, which = type(self.matcher).__name__, suffix.strip("_") or "last"
+            place = f"{type(self).__name__}, matcher {kind}, layer {which}"
+            pairs = self.matcher(layer, images)
+            n_queries = layers.logits.shape[2]
+            found.append(map_of_indices(pairs, n_queries, targets, counts_of(images), place))
+        return torch.cat(found), targets
+
+    def _given_matches(self, layers: Layers, step: Step) -> Matched:
+        """The targets of denoising queries."""
+        assert step.dn_meta is not None
+        return matched_targets(denoising_map(step.dn_meta, layers.logits.shape[2]), step.targets)
+
+    def _denoising_norm(self, step: Step) -> Tensor:
+        assert step.dn_meta is not None
+        return step.norm * max(step.dn_meta["dn_num_group"], 1)
+
+    def _matches_at_once(self) -> bool:
+        """Whether the matcher's `match` is all there is to it: no call of its own, and no hooks."""
+        matcher = self.matcher
+        return (
+            isinstance(matcher, HungarianMatcher)
+            and not matcher.has_own_call
+            and "forward" not in matcher.__dict__
+            and not has_hooks(matcher)
+        )
+
+    @classmethod
+    def _refuse_overrides(cls, name: str = "") -> None:
+        if name or cls._in_vain:
             raise TypeError(
-                f"{cls.__name__} overrides {cls._in_vain}, which forward does not call: it "
+                f"{cls.__name__} overrides {name or cls._in_vain}, which forward does not call: it "
                 "computes all layers at once; override forward, or scale the losses it returns"
             )
 
     def _check_parts(self) -> None:
-        """Raise TypeError for an overridden method, or a matcher, that would not be called."""
+        """Raise TypeError for an overridden method, or a matcher, that cannot be called."""
         self._refuse_overrides()
-        kind = type(self.matcher)
-        if not issubclass(kind, HungarianMatcher):
+        for method in _PER_LAYER:
+            if method in self.__dict__:
+                self._refuse_overrides(method)
+        if not callable(self.matcher):
             raise TypeError(
-                "matcher must be a HungarianMatcher, of which `match` is called for all layers at "
-                f"once, got {kind.__name__}"
+                f"{type(self).__name__}: matcher must be callable with (outputs, targets), "
+                f"got {type(self.matcher).__name__}"
             )
-        overrides_forward = kind.forward is not HungarianMatcher.forward
-        if overrides_forward and kind.match is HungarianMatcher.match:
-            raise TypeError(
-                f"matcher {kind.__name__} overrides forward, which is not called: override `match`"
-            )
+
+    def _check_num_boxes(self, given: Any) -> None:
+        name = type(self).__name__
+        check_numbers(name, num_boxes=given)
+        if not isinstance(given, Tensor) and not 0 < given < float("inf"):
+            raise ValueError(f"{name}: num_boxes must be finite and above 0, got {given}")
+
+    def _queries(self, suffix: str) -> str:
+        """The name of a layer's number of queries; layers of one name have as many."""
+        return "Q"
 
     def _widths(self, output: Output) -> dict[str, int | str]:
         """What a layer's output must hold, and the last dimension of each."""
@@ -328,20 +490,30 @@ class SetCriterion(nn.Module):
         Raises:
             TypeError, ValueError: for a missing entry or a wrong shape; they name layer and entry.
         """
-        arguments = {}
-        for n_queries, layers in (("Q", main), ("denoising Q", denoising)):
-            for suffix, output in layers:
-                for key, width in self._widths(output).items():
-                    if not isinstance(output.get(key), Tensor):
-                        raise ValueError(f"outputs{suffix} must have a tensor {key!r}")
-                    arguments[f"outputs{suffix} {key}"] = output[key], ("B", n_queries, width)
-                shape = output["pred_logits"].shape
-                if shape[-1:] != (self.num_classes,):
-                    raise ValueError(
-                        f"outputs{suffix} pred_logits must have shape (B, {n_queries}, "
-                        f"num_classes) with num_classes = {self.num_classes}, got {tuple(shape)}"
-                    )
-        check_shapes(type(self).__name__, **arguments)
+        name = type(self).__name__
+        arguments: dict[str, tuple[Tensor, tuple[str | int, ...]]] = {}
+        named = [(self._queries(suffix), suffix, output) for suffix, output in main]
+        named += [("denoising Q", suffix, output) for suffix, output in denoising]
+        for n_queries, suffix, output in named:
+            widths = self._widths(output)
+            for key in widths:
+                if output.get(key) is None:
+                    raise ValueError(f"{name}: outputs{suffix} must have a tensor {key!r}")
+                if not isinstance(output[key], Tensor):
+                    kind = type(output[key]).__name__
+                    raise TypeError(f"{name}: outputs{suffix} {key} must be a tensor, got {kind}")
+            shape = output["pred_logits"].shape
+            if suffix.startswith("_enc_") and shape[-1:] == (1,):
+                # An encoder may tell objects from background only.
+                widths["pred_logits"] = 1
+            elif shape[-1:] != (self.num_classes,):
+                raise ValueError(
+                    f"{name}: outputs{suffix} pred_logits must have shape (B, {n_queries}, "
+                    f"num_classes) with num_classes = {self.num_classes}, got {tuple(shape)}"
+                )
+            for key, width in widths.items():
+                arguments[f"outputs{suffix} {key}"] = output[key], ("B", n_queries, width)
+        check_shapes(name, **arguments)
 
     def _check_values(
         self,
@@ -359,38 +531,97 @@ class SetCriterion(nn.Module):
             "labels": a_class(self.num_classes)(targets.labels, is_box),
             "boxes": CXCYWH(targets.boxes, is_box),
         }
-        arguments = {f"targets[{name!r}]": values for name, values in arguments.items()}
+        check(self, **{f"targets[{name!r}]": values for name, values in arguments.items()})
+        check(self, **{"targets['boxes']": no_corners(is_box)(targets.boxes, is_box)})
+        named = {f"layer {suffix.strip('_') or 'last'}": o for suffix, o in (*layers, *denoising)}
         for key in self.entries:
-            tensors = {
-                f"layer {suffix.strip('_') or 'last'}": output[key]
-                for suffix, output in (*layers, *denoising)
-                if output.get(key) is not None
-            }
-            arguments[key] = FINITE(tensors)
-        if denoising and dn_meta is not None:
+            given = {place: o for place, o in named.items() if o.get(key) is not None}
+            rule = NOT_ZERO if key in ("up", "reg_scale") else FINITE
+            check(self, **{key: rule({place: o[key] for place, o in given.items()})})
+            if key not in ("pred_boxes", "ref_points"):
+                continue
+            for place, output in given.items():
+                # Sides that a distribution moves may leave the image; a sigmoid does not.
+                moved = key == "pred_boxes" and output.get("pred_corners") is not None
+                rule = DECODED if moved else NORMALISED
+                check(self, **{key: rule({place: output[key]})})
+        if dn_meta is not None:
             n_queries = denoising[0][1]["pred_logits"].shape[1]
             rule = a_query_per_box(n_queries, targets.counts)
-            arguments["dn_positive_idx"] = rule(dn_meta["dn_positive_idx"])
+            check(self, dn_positive_idx=rule(dn_meta["dn_positive_idx"]))
         if num_boxes is not None:
-            arguments["num_boxes"] = NOT_NEGATIVE(num_boxes)
-        check(self, **arguments)
+            check(self, num_boxes=POSITIVE(num_boxes))
 
     def _given(
-        self,
-        outputs: Output,
-        targets: Sequence[Mapping[str, Tensor]],
-        indices: Indices,
-        num_boxes: float | Tensor,
+        self, outputs: Output, targets: AnyTargets, indices: Any, num_boxes: Any
     ) -> tuple[Layers, Matched, Tensor]:
         """One layer, matched by (query indices, target indices) per image, and its normaliser."""
-        packed, _ = prepare(targets, None)
+        name = type(self).__name__
+        check_mapping(name, outputs=outputs)
         self._check_shapes([("", outputs)])
-        layers = stack_layers([("", outputs)])
-        found = matched_targets(map_of_indices(indices, layers.logits.shape[2]), packed)
-        norm = as_norm(num_boxes, layers.logits.device)
-        return layers, found, norm
+        (layers,) = stack_layers([("", outputs)])
+        n_images, n_queries = layers.logits.shape[1:3]
+        targets = constants(targets, self._precision([("", outputs)]))
+        packed = pack(targets, name, layers.boxes)
+        check_images(name, packed, n_images)
+        self._check_num_boxes(num_boxes)
+        counts = None if isinstance(targets, Targets) else counts_of(targets)
+        found = map_of_indices(indices, n_queries, packed, counts, name)
+        return layers, matched_targets(found, packed), as_norm(num_boxes, layers.boxes)
+
+    def _check_weights(self) -> None:
+        """Raise TypeError for a weight that is no number; warn of those that weigh nothing, and
+        where no classification loss has one."""
+        name, weights = type(self).__name__, self.weight_dict
+        check_mapping(name, weight_dict=weights)
+        check_numbers(name, **{f"weight_dict[{key!r}]": weight for key, weight in weights.items()})
+        unknown = [str(key) for key in weights if key not in self.loss_names]
+        faults = []
+        if unknown:
+            known = ", ".join(self.loss_names)
+            faults.append(f"has {', '.join(unknown)}, which weigh nothing: the losses are {known}")
+        if "loss_vfl" not in weights:
+            faults.append(f"has no loss_vfl: {self.without_weight}")
+        if faults:
+            self._warn(f"weight_dict {'; it '.join(faults)}")
+
+    def _warn_of_unread(self, outputs: Output) -> None:
+        """Warn of predictions in the outputs that no loss is computed of."""
+        if torch.compiler.is_compiling():
+            return
+        read = [*self.matched_layers, *self.denoising_layers]
+        unread = [
+            key for key, entry in outputs.items() if key not in read and _holds_predictions(entry)
+        ]
+        if unread:
+            self._warn(
+                f"outputs has {', '.join(unread)}, whose predictions are not read: further layers "
+                f"are read from {', '.join(read)}"
+            )
+
+    def _warn(self, message: str) -> None:
+        """Warn once in the life of a criterion, in the name of the line that called the library."""
+        # A compiled graph holds no warnings; what is constant was said when it was made.
+        if torch.compiler.is_compiling() or message in self._warned:
+            return
+        self._warned.add(message)
+        level, frame = 1, sys._getframe()
+        while frame.f_back and _module_of(frame) in ("torch", "detloss_triton"):
+            level, frame = level + 1, frame.f_back
+        warnings.warn(f"{type(self).__name__}: {message}", stacklevel=level)
+
+
+def _module_of(frame: FrameType) -> str:
+    """The top-level package of a frame's code."""
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+def _holds_predictions(entry: Any) -> bool:
+    layers = entry if isinstance(entry, (list, tuple)) else [entry]
+    return any(isinstance(layer, Mapping) and "pred_logits" in layer for layer in layers)
 
 
 def _is_overridden(cls: type, name: str) -> bool:
-    """Whether more than one class, `nn.Module` aside, defines a method."""
-    return sum(name in vars(c) for c in cls.__mro__ if c is not nn.Module) > 1
+    """Whether a method that a class has is the user's."""
+    owner = next((c for c in cls.__mro__ if name in vars(c)), None)
+    return owner is not None and owner.__module__.partition(".")[0] != "detloss_triton"
