@@ -26,6 +26,7 @@ from .gather import count_of, first_set
 from .ops import classification, distribution, regression
 from .precision import arithmetic_dtype, as_indices, at_least_float32
 from .reduction import EPS32, check_reduction, reduced
+from .settings import described
 from .shapes import check_shapes
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Loss(nn.Module):
         self.loss_weight = loss_weight
 
     def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}, loss_weight={self.loss_weight}"
+        return described(self)
 
     def _reduced(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .ops.assignment import linear_sum_assignment
 from .ops.matching import match_cost, task_aligned
 from .precision import arithmetic_dtype, at_least_float32
+from .settings import described
 from .shapes import check_mapping, check_numbers, check_shapes
 from .targets import Targets, check_images, counts_of, pack
 
@@ -226,6 +227,9 @@ class HungarianMatcher(nn.Module):
         self.cost_dict = dict(cost_dict)
         self.alpha = alpha
         self.gamma = gamma
+
+    def extra_repr(self) -> str:
+        return described(self)
 
     def match(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
         """(L, B, Q) index of each query's target, -1 for none; all layers and images at once.

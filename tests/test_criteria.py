@@ -909,3 +909,20 @@ def test_box_matcher_memory_on_a_gpu() -> None:
     before = torch.cuda.memory_allocated()
     matcher(targets, (logits, boxes))
     assert torch.cuda.max_memory_allocated() - before < 2 * 2**30
+
+
+def test_repr_shows_constants_costs_and_how_the_slots_run() -> None:
+    focal = dt.CrossSigmoidFocalLoss(gamma=1.5)
+    shown = repr(dt.ATSSCriterion(7, dt.DeltaXYWHBBoxCoder(), focal, nn.Identity(), use_qfl=False))
+    for part in ("num_classes=7", "use_qfl=False", "bg_loss_weight=-1.0", "gamma=1.5", "alpha=0.25"):
+        assert part in shown
+    assert "fused: loss_cls, loss_centerness, bbox_coder" in shown
+    assert "called as by OTX: loss_bbox" in shown
+    matching = repr(dt.DetrCriterion({"loss_vfl": 1, "loss_bbox": 5, "loss_giou": 2}))
+    for part in ("'loss_bbox': 5", "'cost_giou': 2.0", "alpha=0.2,", "fused: matcher"):
+        assert part in matching
+    yolov9 = dt.YOLOv9Criterion(3, dt.Vec2Box(None, (64, 64), [8, 16, 32]))
+    assert "fused: vec2box, matcher, loss_cls, loss_dfl, loss_iou" in repr(yolov9)
+    yolov9.matcher = lambda target, predict: None
+    assert "called as by OTX: vec2box, matcher" in repr(yolov9)
+    assert "neg_pos_ratio=3" in repr(dt.SSDCriterion(4))

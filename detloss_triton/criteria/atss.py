@@ -13,6 +13,7 @@ from detloss_triton.losses import CrossEntropyLoss, CrossSigmoidFocalLoss, Quali
 from detloss_triton.ops.regression import iou_loss
 from detloss_triton.precision import at_least_float32
 from detloss_triton.reduction import as_divisor, rank_means
+from detloss_triton.settings import described
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
     FINITE,
@@ -47,6 +48,8 @@ from .levels import (
 
 # The quality of a positive whose box misses its target altogether.
 _MIN_QUALITY = 1e-6
+
+_SLOTS = ("loss_cls", "loss_bbox", "loss_centerness")
 
 # What OTX's forward calls level by level.
 _NOT_CALLED = (
@@ -215,6 +218,10 @@ class ATSSCriterion(nn.Module):
                 *(centred, is_object, sizes, avg_factor),
             ),
         }
+
+    def extra_repr(self) -> str:
+        slots = {slot: is_ours(getattr(self, slot)) for slot in _SLOTS}
+        return described(self, **slots, bbox_coder=is_our_coder(self.bbox_coder))
 
     def _check_rows(
         self,

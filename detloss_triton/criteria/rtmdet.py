@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from detloss_triton.precision import at_least_float32
 from detloss_triton.reduction import rank_means
+from detloss_triton.settings import described
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
     FINITE,
@@ -142,6 +143,9 @@ class RTMDetCriterion(nn.Module):
                 norm=box_norm.clamp(min=1),
             ),
         }
+
+    def extra_repr(self) -> str:
+        return described(self, loss_cls=is_ours(self.loss_cls), loss_bbox=is_ours(self.loss_bbox))
 
     def _check_rows(
         self,

@@ -27,6 +27,7 @@ from detloss_triton.ops.classification import varifocal
 from detloss_triton.ops.regression import giou_loss, iou_loss, l1
 from detloss_triton.precision import arithmetic_dtype
 from detloss_triton.reduction import rank_means, unbound
+from detloss_triton.settings import described
 from detloss_triton.shapes import check_counts, check_mapping, check_numbers, check_shapes
 from detloss_triton.targets import Targets, check_images, counts_of, pack, unpack
 from detloss_triton.validate import (
@@ -332,6 +333,9 @@ class SetCriterion(nn.Module):
         self.num_classes = num_classes
         self._warned: set[str] = set()
         self._check_weights()
+
+    def extra_repr(self) -> str:
+        return described(self, matcher=self._matches_at_once())
 
     def prepare(
         self, targets: AnyTargets, dn_meta: Mapping[str, Any] | None = None

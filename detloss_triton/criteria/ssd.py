@@ -13,6 +13,7 @@ from detloss_triton.gather import hardest
 from detloss_triton.ops.distribution import two_bin
 from detloss_triton.ops.regression import smooth_l1
 from detloss_triton.reduction import EPS32, as_divisor, unbound
+from detloss_triton.settings import described
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
     FINITE,
@@ -143,6 +144,11 @@ class SSDCriterion(nn.Module):
             "loss_cls": unbound(loss_cls),
             "loss_bbox": unbound(loss_bbox),
         }
+
+    def extra_repr(self) -> str:
+        if self.bbox_coder is None:
+            return described(self)
+        return described(self, bbox_coder=is_our_coder(self.bbox_coder))
 
     def _tensors(self, **arguments: tuple[Any, tuple[int, ...]]) -> list[Tensor]:
         """Each argument (N, A, *features), lists of the images' tensors as one tensor."""

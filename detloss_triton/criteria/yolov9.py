@@ -17,6 +17,7 @@ from detloss_triton.ops.classification import binary_cross_entropy
 from detloss_triton.ops.coding import distance_decode
 from detloss_triton.ops.distribution import two_bin, two_bins
 from detloss_triton.ops.regression import YOLOV9_EPS, ciou_loss
+from detloss_triton.settings import described
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import FINITE, a_box_with_class, check, enabled, in_pixels
 from detloss_triton.vec2box import (
@@ -134,6 +135,10 @@ class YOLOv9Criterion(nn.Module):
             "loss_iou": self.iou_rate * iou,
         }
         return {**losses, "total_loss": torch.stack(list(losses.values())).mean()}
+
+    def extra_repr(self) -> str:
+        slots = ("vec2box", "matcher", "loss_cls", "loss_dfl", "loss_iou")
+        return described(self, **dict.fromkeys(slots, self._is_ours()))
 
     def _is_ours(self) -> bool:
         """Whether everything that OTX calls is this library's, and nobody listens."""

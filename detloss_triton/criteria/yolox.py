@@ -14,6 +14,7 @@ from detloss_triton.losses import CrossEntropyLoss, IoULoss, L1Loss
 from detloss_triton.memory import take
 from detloss_triton.precision import at_least_float32
 from detloss_triton.reduction import as_divisor
+from detloss_triton.settings import described
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
     FINITE,
@@ -149,6 +150,10 @@ class YOLOXCriterion(nn.Module):
             raw = _rows(flatten_bbox_preds, index)
             loss["loss_l1"] = _of_found(self.loss_l1, raw, l1_targets, found)
         return {name: value / norm for name, value in loss.items()}
+
+    def extra_repr(self) -> str:
+        slots = ("loss_cls", "loss_bbox", "loss_obj", "loss_l1")
+        return described(self, **{slot: is_ours(getattr(self, slot)) for slot in slots})
 
     def _check_count(self, pos_masks: Tensor, n_positive: int) -> None:
         if not backend.is_eager_cpu(pos_masks.device):

@@ -1,0 +1,27 @@
+"""What `repr` shows of a module: the arguments it was made with, and how its slots run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+
+from torch import nn
+
+
+def described(module: nn.Module, **fused: bool) -> str:
+    """The arguments of a module's constructor that are plain values, as name=value.
+
+    Args:
+        fused: by slot, whether what stands there runs fused, or is called as OTX calls it.
+    """
+    names = inspect.signature(type(module).__init__).parameters
+    values = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    lines = [", ".join(f"{name}={value!r}" for name, value in values.items() if _is_plain(value))]
+    for words, here in (("fused", True), ("called as by OTX", False)):
+        slots = [slot for slot, is_fused in fused.items() if is_fused == here]
+        lines += [f"{words}: {', '.join(slots)}"] if slots else []
+    return "\n".join(line for line in lines if line)
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, (bool, int, float, str, Mapping, list, tuple))
