@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from machine import environment, needs_triton
 
 import detloss_triton
 from detloss_triton import backend, use_backend
 from detloss_triton.functional import generalized_box_iou_loss, sigmoid_focal_loss
 
-ROOT = Path(__file__).parents[1]
 
-
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a program in a fresh interpreter, with nothing of this process's choice of backend."""
-    clean = {
-        k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "DETLOSS_BACKEND")
-    }
-    path = os.pathsep.join([str(ROOT), clean.get("PYTHONPATH", "")])
+    clean: dict[str, str | None] = {"TRITON_INTERPRET": None, "DETLOSS_BACKEND": None}
     return subprocess.run(
         [sys.executable, "-c", code],
-        env={**clean, "PYTHONPATH": path, **environment},
+        env=environment(**{**clean, **variables}),
         capture_output=True,
         text=True,
         timeout=120,
@@ -45,6 +39,7 @@ def kernels_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.mark.usefixtures("kernels")
 def test_the_kernel_really_runs(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     ran = kernels_run(monkeypatch)
     logits = torch.randn(5, 3, device=device, requires_grad=True)
@@ -78,6 +73,7 @@ def test_auto_keeps_cpu_tensors_on_torch() -> None:
         assert backend.choose(torch.device("cpu")) == "torch"
 
 
+@pytest.mark.usefixtures("kernels")
 def test_float64_is_refused_by_name_and_taken_by_auto(device: torch.device) -> None:
     boxes = torch.rand(3, 4, dtype=torch.float64, device=device)
     with use_backend("triton"), pytest.raises(RuntimeError, match=r"float32.*float64"):
@@ -86,6 +82,7 @@ def test_float64_is_refused_by_name_and_taken_by_auto(device: torch.device) -> N
         assert generalized_box_iou_loss(boxes, boxes).dtype == torch.float64
 
 
+@needs_triton
 def test_triton_on_the_cpu_without_the_interpreter_is_refused() -> None:
     code = (
         "import torch, detloss_triton as d\n"
@@ -125,11 +122,13 @@ except RuntimeError as error:
     print(error)
 print(dict(d.backend.describe())["triton"])
 """
-    run = python(code)
+    # Torch needs Triton to start on a GPU, so there is none here.
+    run = python(code, CUDA_VISIBLE_DEVICES="")
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("Triton cannot be imported") == 2
 
 
+@needs_triton
 def test_recording_launches_runs_nothing() -> None:
     boxes = torch.rand(3, 4)
     with backend.record_launches() as launches:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from machine import environment
 from PIL import Image
 
 from detloss_triton import cli, selfcheck
@@ -34,7 +35,12 @@ def same_threads() -> Iterator[None]:
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run the command in a process of its own."""
     return subprocess.run(
-        [*COMMAND, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120
+        [*COMMAND, *arguments],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -160,6 +166,7 @@ def test_interrupt_ends_cleanly(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*COMMAND, "train", *TINY, "--steps", "100000"],
         cwd=tmp_path,
+        env=environment(),
         stderr=subprocess.PIPE,
         # Not the terminal's process group: a SIGINT for the test run must not reach it.
         start_new_session=True,
@@ -200,7 +207,12 @@ def test_info_needs_nothing_optional(tmp_path: Path) -> None:
         "from detloss_triton import cli; sys.exit(cli.main(['info']))"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert result.returncode == 0, result.stderr
 
@@ -238,7 +250,7 @@ def test_a_wrong_environment_is_refused(command: list[str], tmp_path: Path) -> N
     result = subprocess.run(
         [*COMMAND, *command],
         cwd=tmp_path,
-        env={**os.environ, "DETLOSS_BACKEND": "gpu"},
+        env=environment(DETLOSS_BACKEND="gpu"),
         capture_output=True,
         text=True,
         timeout=120,
@@ -249,12 +261,11 @@ def test_a_wrong_environment_is_refused(command: list[str], tmp_path: Path) -> N
 
 
 def test_triton_that_cannot_run_is_refused(tmp_path: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     for command in (["train", *TINY], ["check", "--device", "cpu"]):
         result = subprocess.run(
             [*COMMAND, *command, "--backend", "triton"],
             cwd=tmp_path,
-            env=environment,
+            env=environment(TRITON_INTERPRET=None),
             capture_output=True,
             text=True,
             timeout=120,

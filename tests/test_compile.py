@@ -6,24 +6,21 @@ Graphs are run as they were traced (`aot_eager`) where Inductor is not the quest
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import CPU, NAMES, assert_same, case
+from machine import TESTS, environment, needs_gpu, needs_triton
 from torch._dynamo.utils import counters
 from trees import mixed
 
 from detloss_triton import use_backend
 
 over_criteria = pytest.mark.parametrize("name", NAMES)
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-TESTS = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -64,13 +61,12 @@ def test_inductor_on_a_gpu(name: str, mode: str) -> None:
 
 
 @pytest.mark.slow
+@needs_triton
 def test_kernels_are_part_of_the_graph() -> None:
     """Triton's kernels traced without a GPU, in a process that has its compiler."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(TESTS.parent)
     run = subprocess.run(
         [sys.executable, TESTS / "trace_kernels.py"],
-        env=environment,
+        env=environment(TRITON_INTERPRET=None),
         capture_output=True,
         text=True,
         timeout=240,
