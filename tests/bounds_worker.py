@@ -1,9 +1,9 @@
 """Run by test_bounds.py: everything on hostile labels and counts, in memory between guard pages.
 
-    python bounds_worker.py before|behind|device [planted]
+    python bounds_worker.py before|behind|device [planted | <op or criterion> ...]
 
 `device` runs on a GPU as it is, for compute-sanitizer to watch. `planted` runs a
-kernel that lacks a mask, to show that it is caught.
+kernel that lacks a mask, to show that it is caught. Without a name everything runs.
 """
 
 from __future__ import annotations
@@ -145,6 +145,21 @@ def plant(module: str, kernel: str, mask: str) -> None:
     setattr(original, kernel, getattr(planted, kernel))
 
 
+def run(name: str) -> None:
+    """An op or a criterion."""
+    if name in REGISTRY:
+        if SIDE != "before":
+            run_op(REGISTRY[name], torch.int64, lambda x: x)
+        if SIDE != "behind":
+            run_op(REGISTRY[name], torch.int32, features_first)
+    elif name in BUILDERS:
+        run_dense(name)
+    else:
+        run_set(name)
+    if name == "yolov9":
+        run_matcher()
+
+
 def main() -> None:
     torch.set_num_threads(1)
     if "planted" in sys.argv:
@@ -153,20 +168,11 @@ def main() -> None:
         with backend.use_backend("triton"):
             run_op(REGISTRY[name], torch.int64, lambda x: x)
         return
+    names = sys.argv[2:] or (*REGISTRY, *BUILDERS, "detr", "dfine")
     for chosen in ("triton", "torch"):
         with backend.use_backend(chosen):
-            for name, tested in REGISTRY.items():
-                if SIDE != "before":
-                    run_op(tested, torch.int64, lambda x: x)
-                if SIDE != "behind":
-                    run_op(tested, torch.int32, features_first)
-                print(chosen, name, flush=True)
-            run_matcher()
-            for name in BUILDERS:
-                run_dense(name)
-                print(chosen, name, flush=True)
-            for name in ("detr", "dfine"):
-                run_set(name)
+            for name in names:
+                run(name)
                 print(chosen, name, flush=True)
 
 

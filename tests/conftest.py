@@ -1,10 +1,15 @@
-"""Both backends in one process: on a GPU compiled kernels, without one Triton's interpreter."""
+"""Both backends in one process: on a GPU compiled kernels, without one Triton's interpreter.
+
+What cannot run on a machine is skipped, and says why: `TRITON_INTERPRET=0` without a GPU leaves
+out all kernels.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +18,8 @@ import torch
 if not torch.cuda.is_available():
     # Read when triton is imported, so set before anything imports detloss_triton.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from machine import DEVICE, TESTS, why_no_interpreter, why_no_kernels
 
 from detloss_triton import use_backend
 
@@ -28,6 +35,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="fuzz for N minutes with random seeds, instead of a fixed set of examples",
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite runs on all cores; whole files, which share what they compile and train.
+
+    What is named, a file or `-k`, runs in one process; and `-n` has the last word.
+    """
+    option = config.option
+    whole = [Path(argument).resolve() for argument in config.args] == [TESTS]
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    decided = getattr(option, "numprocesses", 0) is not None  # by `-n`, or for want of xdist
+    if not whole or option.keyword or is_worker or decided:
+        return
+    option.numprocesses, option.dist, option.loadscopereorder = "auto", "loadfile", False
+    if torch.cuda.is_available():
+        option.maxprocesses = 8  # each holds half a GiB of the GPU's memory
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,12 +80,30 @@ def patched_once() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where the kernels can run: compiled on a GPU, interpreted on the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return DEVICE
+
+
+@pytest.fixture(scope="session")
+def kernels() -> None:
+    """For a test that runs kernels in this process, on `device`."""
+    reason = why_no_kernels()
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> None:
+    """For a test whose kernels are interpreted in a process of their own."""
+    reason = why_no_interpreter()
+    if reason:
+        pytest.skip(reason)
 
 
 @pytest.fixture(params=["torch", "triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test once under each backend; its value is the backend's name."""
+    if request.param == "triton":
+        request.getfixturevalue("kernels")
     with use_backend(request.param):
         yield request.param
 

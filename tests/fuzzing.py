@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from machine import CPU
 from test_criteria import made
 from test_detr import DETR_WEIGHTS, DFINE_WEIGHTS, REG_MAX, Inputs
 from torch import Tensor, nn
@@ -22,7 +23,6 @@ from detloss_triton.bench.batches import DENSE as BUILDERS
 
 SET_CRITERIA = ("detr", "dfine")
 NAMES = (*BUILDERS, *SET_CRITERIA)
-CPU = torch.device("cpu")
 # Anchors of 8, 16 and 32 pixels: 16 + 4 + 1 of them, few enough for the interpreter.
 SIZE = 32
 _n_properties = 0
@@ -68,6 +68,7 @@ def case(
     classes: int = 3,
     factor: float = 1.0,
     extras: Sequence[str] = ("aux",),
+    device: torch.device = CPU,
 ) -> Case:
     """A batch of len(counts) images; the dense criteria have no objects where all counts are 0.
 
@@ -75,7 +76,7 @@ def case(
         factor: of every loss weight the criterion has.
     """
     if name in SET_CRITERIA:
-        inputs = Inputs(list(counts), CPU, torch.float32)
+        inputs = Inputs(list(counts), device, torch.float32)
         inputs.generator.manual_seed(seed)
         used = [extra for extra in extras if max(counts, default=0) or "dn" not in extra]
         outputs = getattr(inputs, name)(*used)
@@ -89,8 +90,8 @@ def case(
         return Case(name, criterion, {"outputs": outputs, "targets": inputs.targets})
     sizes: dict[str, Any] = {"anchors": 30} if name in ("ssd", "yolox") else {"size": SIZE}
     share = 0.3 if max(counts, default=0) else 0.0
-    batch = BUILDERS[name](seed, max(len(counts), 1), classes, share, **sizes).on(CPU)
-    batch_case = Case(name, made(batch, CPU, **_slots(name, factor)), batch.inputs)
+    batch = BUILDERS[name](seed, max(len(counts), 1), classes, share, **sizes).on(device)
+    batch_case = Case(name, made(batch, device, **_slots(name, factor)), batch.inputs)
     if name == "yolov9":
         targets = batch.inputs["targets"]
         for image, count in enumerate(counts):
@@ -131,8 +132,8 @@ def images_of(given: Case, index: Sequence[int]) -> Case:
     if given.name == "yolox":
         masks = inputs["pos_masks"].view(inputs["flatten_objectness"].shape)
         # Of each positive its row among the targets, image by image.
-        rows = torch.full(masks.shape, -1)
-        rows[masks] = torch.arange(int(masks.sum()))
+        rows = torch.full(masks.shape, -1, device=masks.device)
+        rows[masks] = torch.arange(int(masks.sum()), device=masks.device)
         rows = rows[at][masks[at]]
         by_positive = ("cls_targets", "bbox_targets", "l1_targets")
 

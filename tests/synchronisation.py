@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -11,13 +12,19 @@ from torch.utils._pytree import tree_leaves
 
 from detloss_triton.bench.measure import READS
 
+SOLVER = torch.ops.detloss_triton.linear_sum_assignment.default
+
 
 class NoHostReads(TorchDispatchMode):
-    """Raises where the host would read the device; on a GPU, CUDA's own sync check runs as well."""
+    """Raises where the host would read the device; on a GPU, CUDA's own sync check runs as well.
+
+    The torch backend's solver on the host is counted, and may wait once for each of its two copies.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
+        self.by_solver = 0
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -26,7 +33,22 @@ class NoHostReads(TorchDispatchMode):
         if function is torch.ops.aten.index.Tensor:
             masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
             assert not masks, "indexing with a mask reads the device"
+        if function is SOLVER:
+            self.by_solver += 1
+            return self._solved(*args)
         return function(*args, **(kwargs or {}))
+
+    def _solved(self, *args: torch.Tensor) -> torch.Tensor:
+        if self.device.type != "cuda":
+            return SOLVER(*args)
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            out = SOLVER(*args)
+        torch.cuda.set_sync_debug_mode("error")
+        waits = [w for w in caught if "called a synchronizing" in str(w.message)]
+        assert len(waits) <= 2, f"{len(waits)} waits to copy once each way"
+        return out
 
     def __enter__(self) -> Any:
         if self.device.type == "cuda":
@@ -57,7 +79,7 @@ class Transfers(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         out = function(*args, **(kwargs or {}))
-        self.by_solver += function is torch.ops.detloss_triton.linear_sum_assignment.default
+        self.by_solver += function is SOLVER
         if isinstance(out, torch.Tensor) and out.is_meta:
             tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             self.to_device += any(not x.is_meta for x in tensors)

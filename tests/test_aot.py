@@ -6,20 +6,19 @@ The baseline `aot.json` is what `detloss bench --aot --quick --output tests` wro
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-import triton
+from machine import TESTS, environment
 
 from detloss_triton import op, ops  # noqa: F401  (ops fills the registry)
-from detloss_triton.bench import aot
 
-HERE = Path(__file__).parent
+triton = pytest.importorskip("triton")
+from detloss_triton.bench import aot  # noqa: E402
+
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 KERNEL = re.compile(r"def (\w+_kernel)\(")
 # Ahead of this, fewer programs fit on a multiprocessor.
@@ -32,16 +31,16 @@ Kernels = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     """What each kernel needs on each target, by the command that reports it."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    # A cache of our own: nothing compiled earlier, nor by another version, is taken for new.
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    )
     output = tmp_path_factory.mktemp("aot")
     command = ("-m", "detloss_triton.cli", "bench", "--aot", "--quick", "--output", output)
+    # A cache of our own: nothing compiled earlier, nor by another version, is taken for new.
+    cache = str(tmp_path_factory.mktemp("triton"))
     result = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, *command],
+        env=environment(TRITON_INTERPRET=None, TRITON_CACHE_DIR=cache),
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert (output / "aot.json").exists(), result.stderr
     return json.loads((output / "aot.json").read_text())["rows"]
@@ -79,7 +78,7 @@ def test_every_kernel_is_compiled(target: str, kernels: Kernels) -> None:
     """Each kernel on each target; each op on one."""
     ours = [kernel for kernel in kernels if kernel["target"] == target]
     sources = [
-        path.read_text() for path in (HERE.parent / "detloss_triton" / "kernels").glob("*.py")
+        path.read_text() for path in (TESTS.parent / "detloss_triton" / "kernels").glob("*.py")
     ]
     written = {name for text in sources for name in KERNEL.findall(text)}
     assert {kernel["kernel"] for kernel in ours} == written
@@ -105,7 +104,7 @@ def test_contiguous_logits_are_read_and_written_128_bits_at_a_time(kernels: Kern
 @pytest.mark.slow
 def test_nothing_is_worse_than_the_baseline(kernels: Kernels) -> None:
     """No narrower loads or stores, no more registers than a few."""
-    baseline = json.loads((HERE / "aot.json").read_text())
+    baseline = json.loads((TESTS / "aot.json").read_text())
     if baseline["triton"] != triton.__version__:
         pytest.skip(f"the baseline is of Triton {baseline['triton']}")
     before = {key(kernel): kernel for kernel in baseline["rows"]}

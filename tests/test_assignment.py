@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from machine import needs_triton
 from scipy.optimize import linear_sum_assignment as scipy_solve
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -216,6 +217,7 @@ def test_any_integers_torch(problem: tuple[Tensor, int, int]) -> None:
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(problem=problems())
+@pytest.mark.usefixtures("kernels")
 def test_any_integers_triton(device: torch.device, problem: tuple[Tensor, int, int]) -> None:
     cost, n_rows, n_cols = problem
     with use_backend("triton"):
@@ -240,6 +242,7 @@ def test_arguments_are_checked(backend: str, device: torch.device) -> None:
             linear_sum_assignment(*arguments)
 
 
+@needs_triton
 @pytest.mark.parametrize("shape", [(1, 1, 4097), (1, 4097, 1), (1, 1025, 1025)])
 def test_the_kernel_refuses_what_it_cannot_hold(shape: tuple[int, ...]) -> None:
     with record_launches(), pytest.raises(ValueError, match=r"4096 by 1024 .* got"):
@@ -311,6 +314,7 @@ def variant(arguments: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
+@needs_triton
 def test_one_compile_per_column_bucket() -> None:
     rng = np.random.default_rng(0)
     for n_queries, block in ((100, 128), (300, 512), (900, 1024)):

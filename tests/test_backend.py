@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from machine import environment, needs_triton
 
 import detloss_triton
 from detloss_triton import backend, use_backend
@@ -23,18 +23,13 @@ from detloss_triton.functional import (
     sigmoid_focal_loss,
 )
 
-ROOT = Path(__file__).parents[1]
 
-
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a program in a fresh interpreter, with nothing of this process's choice of backend."""
-    clean = {
-        k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "DETLOSS_BACKEND")
-    }
-    path = os.pathsep.join([str(ROOT), clean.get("PYTHONPATH", "")])
+    clean: dict[str, str | None] = {"TRITON_INTERPRET": None, "DETLOSS_BACKEND": None}
     return subprocess.run(
         [sys.executable, "-c", code],
-        env={**clean, "PYTHONPATH": path, **environment},
+        env=environment(**{**clean, **variables}),
         capture_output=True,
         text=True,
         timeout=120,
@@ -54,6 +49,7 @@ def kernels_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.mark.usefixtures("kernels")
 def test_the_kernel_really_runs(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     ran = kernels_run(monkeypatch)
     logits = torch.randn(5, 3, device=device, requires_grad=True)
@@ -87,6 +83,7 @@ def test_auto_keeps_cpu_tensors_on_torch() -> None:
         assert backend.choose(torch.device("cpu")) == "torch"
 
 
+@pytest.mark.usefixtures("kernels")
 def test_float64_is_refused_by_name_and_taken_by_auto(device: torch.device) -> None:
     boxes = torch.rand(3, 4, dtype=torch.float64, device=device)
     with use_backend("triton"), pytest.raises(RuntimeError, match=r"float32.*float64"):
@@ -95,6 +92,7 @@ def test_float64_is_refused_by_name_and_taken_by_auto(device: torch.device) -> N
         assert generalized_box_iou_loss(boxes, boxes).dtype == torch.float64
 
 
+@needs_triton
 def test_triton_on_the_cpu_without_the_interpreter_is_refused() -> None:
     code = (
         "import torch, detloss_triton as d\n"
@@ -134,7 +132,8 @@ except RuntimeError as error:
     print(error)
 print(dict(d.backend.describe())["triton"])
 """
-    run = python(code)
+    # Torch needs Triton to start on a GPU, so there is none here.
+    run = python(code, CUDA_VISIBLE_DEVICES="")
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("Triton cannot be imported") == 2
 
@@ -277,6 +276,7 @@ def test_compilers_are_looked_for_as_triton_does(
     assert bool(shutil.which(ran[0])) == (not found)
 
 
+@needs_triton
 def test_recording_launches_runs_nothing() -> None:
     boxes = torch.rand(3, 4)
     with backend.record_launches() as launches:

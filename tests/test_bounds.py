@@ -8,11 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from machine import CPU, TESTS, environment, needs_gpu
 from test_criteria import made, mixed
 from test_detr import EXTRAS, Inputs, criterion_of
 from test_ops import REGISTRY, ROW_OPS, changed, evaluated, over, samples
@@ -24,23 +24,20 @@ from detloss_triton import Targets, blocks, launch, memory, sum_losses
 from detloss_triton.bench.batches import DENSE as BUILDERS
 from detloss_triton.op import Call, Op, RowOp
 
-TESTS = Path(__file__).parent
 WORKER = str(TESTS / "bounds_worker.py")
-RUNS = {
-    f"{chosen} {name}"
-    for chosen in ("torch", "triton")
-    for name in (*REGISTRY, *BUILDERS, "detr", "dfine")
-}
+NAMES = (*REGISTRY, *BUILDERS, "detr", "dfine")
+
+
+def runs(*names: str) -> set[str]:
+    """What the worker says when it has run them."""
+    return {f"{chosen} {name}" for chosen in ("torch", "triton") for name in names}
 
 
 def worker(*arguments: str, command: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    # Every allocation is one of the device's, so that what lies beside it is not ours.
-    environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     return subprocess.run(
         [*command, sys.executable, WORKER, *arguments],
-        env=environment,
+        # Every allocation is one of the device's, so that what lies beside it is not ours.
+        env=environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
         capture_output=True,
         text=True,
         timeout=500,
@@ -52,27 +49,32 @@ needs_mprotect = pytest.mark.skipif(os.name != "posix", reason="needs mprotect")
 
 @needs_mprotect
 @pytest.mark.slow
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("side", ["before", "behind"])
 def test_nothing_beyond_a_tensor_is_touched(side: str) -> None:
     """Every tensor, temporaries included, lies at a page that may be neither read nor written."""
     run = worker(side)
     assert run.returncode == 0, f"{run.returncode}: {run.stdout[-200:]} {run.stderr[-2000:]}"
-    assert set(run.stdout.splitlines()) == RUNS
+    assert set(run.stdout.splitlines()) == runs(*NAMES)
 
 
 @needs_mprotect
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("side", ["before", "behind"])
 def test_a_missing_mask_is_caught(side: str) -> None:
     """The interpreter loads by real pointers: a kernel without its mask does not survive."""
     assert worker(side, "planted").returncode == -signal.SIGSEGV
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
-def test_compute_sanitizer_finds_nothing() -> None:
-    run = worker("device", command=("compute-sanitizer", "--error-exitcode", "86"))
+@pytest.mark.parametrize("name", NAMES)
+def test_compute_sanitizer_finds_nothing(name: str) -> None:
+    """One by one: it slows kernels down to 20 seconds an op."""
+    run = worker("device", name, command=("compute-sanitizer", "--error-exitcode", "86"))
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
-    assert set(run.stdout.splitlines()) >= RUNS
+    assert set(run.stdout.splitlines()) >= runs(name)
 
 
 def surrounded(x: Tensor) -> Tensor:
@@ -89,7 +91,7 @@ def test_only_gradients_are_written(
     tested: RowOp, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Inputs and gradients in the midst of NaN: none is read, and none is overwritten."""
-    module = launch if backend == "triton" else blocks
+    module, device = (launch, device) if backend == "triton" else (blocks, CPU)
     for sample in samples(tested, 23, device):
         rows = torch.Size([23])
         results = []

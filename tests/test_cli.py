@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from machine import environment
 from PIL import ExifTags, Image
 
 from detloss_triton import backend, cli, selfcheck
@@ -34,7 +35,12 @@ def same_threads() -> Iterator[None]:
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run the command in a process of its own."""
     return subprocess.run(
-        [*COMMAND, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120
+        [*COMMAND, *arguments],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -178,6 +184,7 @@ def test_interrupt_ends_cleanly(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*COMMAND, "train", *TINY, "--steps", "100000"],
         cwd=tmp_path,
+        env=environment(),
         stderr=subprocess.PIPE,
         # Not the terminal's process group: a SIGINT for the test run must not reach it.
         start_new_session=True,
@@ -218,7 +225,12 @@ def test_info_needs_nothing_optional(tmp_path: Path) -> None:
         "from detloss_triton import cli; sys.exit(cli.main(['info']))"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert result.returncode == 0, result.stderr
 
@@ -265,7 +277,7 @@ def test_a_wrong_environment_is_refused(
     result = subprocess.run(
         [*COMMAND, *command],
         cwd=tmp_path,
-        env={**os.environ, variable: "gpu"},
+        env=environment(**{variable: "gpu"}),
         capture_output=True,
         text=True,
         timeout=120,
@@ -276,12 +288,11 @@ def test_a_wrong_environment_is_refused(
 
 
 def test_triton_that_cannot_run_is_refused(tmp_path: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     for command in (["train", *TINY], ["check", "--device", "cpu"]):
         result = subprocess.run(
             [*COMMAND, *command, "--backend", "triton"],
             cwd=tmp_path,
-            env=environment,
+            env=environment(TRITON_INTERPRET=None),
             capture_output=True,
             text=True,
             timeout=120,

@@ -6,17 +6,16 @@ Graphs are run as they were traced (`aot_eager`) where Inductor is not the quest
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import CPU, NAMES, assert_same, case
+from machine import TESTS, environment, needs_gpu, needs_triton
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._inductor.decomposition import select_decomp_table
@@ -26,8 +25,6 @@ from detloss_triton import use_backend
 from detloss_triton.bench.batches import DENSE
 
 over_criteria = pytest.mark.parametrize("name", NAMES)
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-TESTS = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -88,13 +85,12 @@ def test_nothing_runs_along_the_anchors_of_a_gpu(name: str) -> None:
 
 
 @pytest.mark.slow
+@needs_triton
 def test_kernels_are_part_of_the_graph() -> None:
     """Triton's kernels traced without a GPU, in a process that has its compiler."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(TESTS.parent)
     run = subprocess.run(
         [sys.executable, TESTS / "trace_kernels.py"],
-        env=environment,
+        env=environment(TRITON_INTERPRET=None),
         capture_output=True,
         text=True,
         timeout=240,

@@ -7,12 +7,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from machine import environment, needs_gpu
 from torch import Tensor, nn
 from trees import Unchanged, leaves, mapped, mixed
 
@@ -145,6 +145,7 @@ def test_a_criterion_keeps_no_state(name: str, backend: str, device: torch.devic
 
 
 @over_criteria
+@pytest.mark.usefixtures("kernels")
 def test_backends_agree(name: str, device: torch.device) -> None:
     """On batches the golden files do not hold: another seed, one image, one class."""
     for settings in ({"seed": 7}, {"images": 1, "classes": 1}, {"images": 3, "positives": 0.6}):
@@ -462,15 +463,16 @@ STRANGERS: dict[str, dict[str, Callable[[], nn.Module]]] = {
 
 
 @pytest.mark.parametrize(
-    ("name", "slots", "chosen"),
+    ("name", "slots", "backend"),
     [
         *((name, [slot], "torch") for name, slots in STRANGERS.items() for slot in slots),
         *((name, list(slots), "torch") for name, slots in STRANGERS.items()),
         *((name, list(slots), "triton") for name, slots in STRANGERS.items()),
     ],
+    indirect=["backend"],
     ids=lambda v: v if isinstance(v, str) else "+".join(v),
 )
-def test_modules_of_others(name: str, slots: list[str], chosen: Any, device: torch.device) -> None:
+def test_modules_of_others(name: str, slots: list[str], backend: str, device: torch.device) -> None:
     """A module that knows nothing of this library, in one slot or all, gives the same numbers."""
     ours, theirs = (BUILDERS[name](positives=0.3).on(device) for _ in range(2))
     modules: dict[str, nn.Module] = {}
@@ -480,9 +482,8 @@ def test_modules_of_others(name: str, slots: list[str], chosen: Any, device: tor
             modules[slot] = OtherDFLoss(dt.Vec2Box(None, (64, 64), list(STRIDES), device))
         else:
             modules[slot] = kind()
-    with dt.use_backend(chosen):
-        losses, gradients = step(ours, device)
-        expected_losses, expected_gradients = step(theirs, device, **modules)
+    losses, gradients = step(ours, device)
+    expected_losses, expected_gradients = step(theirs, device, **modules)
     assert_same(losses, expected_losses, 1e-5)
     assert_same(gradients, expected_gradients, 1e-4)
 
@@ -888,7 +889,7 @@ def test_box_matcher_takes_a_thousand_targets_in_under_2_gib() -> None:
     """Batch 8 at 8,400 anchors: (batch, targets, anchors, 4) alone is 1 GiB, and not the last."""
     result = subprocess.run(
         [sys.executable, "-c", LARGE_MATCH],
-        cwd=Path(__file__).parents[1],
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=150,
@@ -897,7 +898,7 @@ def test_box_matcher_takes_a_thousand_targets_in_under_2_gib() -> None:
     assert int(result.stdout) * 1024 < 2 * 2**30
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 def test_box_matcher_memory_on_a_gpu() -> None:
     draw = Draw(0)
     anchors = dt.Vec2Box(None, (640, 640), list(STRIDES), "cuda").anchor_grid
@@ -914,7 +915,13 @@ def test_box_matcher_memory_on_a_gpu() -> None:
 def test_repr_shows_constants_costs_and_how_the_slots_run() -> None:
     focal = dt.CrossSigmoidFocalLoss(gamma=1.5)
     shown = repr(dt.ATSSCriterion(7, dt.DeltaXYWHBBoxCoder(), focal, nn.Identity(), use_qfl=False))
-    for part in ("num_classes=7", "use_qfl=False", "bg_loss_weight=-1.0", "gamma=1.5", "alpha=0.25"):
+    for part in (
+        "num_classes=7",
+        "use_qfl=False",
+        "bg_loss_weight=-1.0",
+        "gamma=1.5",
+        "alpha=0.25",
+    ):
         assert part in shown
     assert "fused: loss_cls, loss_centerness, bbox_coder" in shown
     assert "called as by OTX: loss_bbox" in shown

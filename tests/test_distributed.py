@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import atexit
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from machine import CPU, TESTS, environment
 
-TESTS = Path(__file__).parent
+from detloss_triton.demo import ranks
 
 
 def torchrun(processes: int, *command: str, cwd: Path = TESTS) -> subprocess.CompletedProcess[str]:
     """Run `torchrun --nproc-per-node=<processes> <command>`."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DETLOSS_BACKEND": "torch"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.run(
         [*launcher, f"--nproc-per-node={processes}", *command],
         cwd=cwd,
-        env=environment,
+        env=environment(DETLOSS_BACKEND="torch"),
         capture_output=True,
         text=True,
         timeout=240,
@@ -52,3 +54,22 @@ def test_train_runs_under_torchrun(tmp_path: Path) -> None:
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["processes"] == 2
     assert metrics["losses"]["last"]["total_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [(CPU, (("gloo",), {})), (torch.device("cuda"), ((), {"device_id": torch.device("cuda", 1)}))],
+    ids=str,
+)
+def test_a_group_is_that_of_the_device(
+    device: torch.device, expected: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--device cpu` on a machine with a GPU too, where torch by itself takes the GPU's."""
+    joined: list[Any] = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(dist, "init_process_group", lambda *a, **kw: joined.append((a, kw)))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(atexit, "register", lambda function: None)
+    with ranks.joined(device):
+        assert joined == [expected]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from fuzzing import NAMES, SET_CRITERIA, Case, case, images_of, property_of
 from hypothesis import strategies as st
+from machine import DEVICE
 from test_bounds import surrounded
 from test_criteria import assert_same
 from torch import Tensor
@@ -92,6 +93,7 @@ def test_memory_layout_and_dtype_change_nothing(
     agree(drawn, plain(drawn), ORDER)
 
 
+@pytest.mark.usefixtures("kernels")
 @property_of(
     1,
     seed=seeds,
@@ -99,10 +101,10 @@ def test_memory_layout_and_dtype_change_nothing(
     layout=st.sampled_from(LAYOUTS),
     dtype=st.sampled_from(DTYPES),
 )
-def test_interpreted_kernels_agree(
+def test_kernels_agree(
     name: str, seed: int, counts: list[int], layout: Any, dtype: torch.dtype
 ) -> None:
-    drawn = placed(case(name, seed, counts, 3), layout, dtype)
+    drawn = placed(case(name, seed, counts, 3, device=DEVICE), layout, dtype)
     agree(drawn, plain(drawn), ORDER, "triton")
 
 
@@ -243,7 +245,9 @@ def assert_finite(drawn: Case) -> None:
 
 @over_criteria
 @over_values(math.nan, math.inf, -math.inf)
-def test_fault_class_prediction_not_finite(name: str, value: float, backend: str) -> None:
+def test_fault_class_prediction_not_finite(
+    name: str, value: float, backend: str, device: torch.device
+) -> None:
     """A NaN shows in the loss, so that a GradScaler skips the step."""
 
     def hit(path: str, x: Tensor) -> Tensor:
@@ -254,25 +258,27 @@ def test_fault_class_prediction_not_finite(name: str, value: float, backend: str
             x.fill_(1)
         return x
 
-    losses, _ = case(name).changed(hit).step()
+    losses, _ = case(name, device=device).changed(hit).step()
     if math.isnan(value):
         assert any(not loss.isfinite().all() for loss in losses.values())
 
 
 @over_criteria
 @over_values(math.nan, math.inf, 1e30)
-def test_fault_box_prediction_not_finite(name: str, value: float, backend: str) -> None:
+def test_fault_box_prediction_not_finite(
+    name: str, value: float, backend: str, device: torch.device
+) -> None:
     def hit(path: str, x: Tensor) -> Tensor:
         x = x.clone()
         if PREDICTED_BOXES.search(path) and "target" not in path and x.dim() > 2:
             x[0, 0] = value
         return x
 
-    case(name).changed(hit).step()
+    case(name, device=device).changed(hit).step()
 
 
 @over_criteria
-def test_fault_boxes_of_no_size(name: str, backend: str) -> None:
+def test_fault_boxes_of_no_size(name: str, backend: str, device: torch.device) -> None:
     """Targets and predictions that are points."""
 
     def shrink(path: str, x: Tensor) -> Tensor:
@@ -288,12 +294,14 @@ def test_fault_boxes_of_no_size(name: str, backend: str) -> None:
             x[..., 2:] = x[..., :2]
         return x
 
-    assert_finite(case(name).changed(shrink))
+    assert_finite(case(name, device=device).changed(shrink))
 
 
 @over_criteria
 @over_values(1e6, 1e30)
-def test_fault_huge_coordinates(name: str, value: float, backend: str) -> None:
+def test_fault_huge_coordinates(
+    name: str, value: float, backend: str, device: torch.device
+) -> None:
     """Finite as long as areas are; beyond, nothing breaks."""
 
     def grow(path: str, x: Tensor) -> Tensor:
@@ -305,7 +313,7 @@ def test_fault_huge_coordinates(name: str, value: float, backend: str) -> None:
             x *= value
         return x
 
-    drawn = case(name).changed(grow)
+    drawn = case(name, device=device).changed(grow)
     if value < 1e10:
         assert_finite(drawn)
     else:
@@ -330,25 +338,27 @@ def test_fault_labels_out_of_range(name: str, label: int) -> None:
 
 
 @over_criteria
-def test_fault_no_images(name: str, backend: str) -> None:
+def test_fault_no_images(name: str, backend: str, device: torch.device) -> None:
     if name in SET_CRITERIA:
         with pytest.raises(ValueError, match="targets must hold one dictionary per image"):
-            case(name).criterion({}, [])
+            case(name, device=device).criterion({}, [])
     elif name == "ssd":
-        empty = case(name, counts=[])
+        empty = case(name, counts=[], device=device)
         assert empty.criterion(**empty.inputs) == {"loss_cls": [], "loss_bbox": []}
     else:
-        assert_finite(case(name, counts=[]))
+        assert_finite(case(name, counts=[], device=device))
 
 
 @over_criteria
 @over_values([0, 14], [0], [0, 0], [1], [1, 0])
-def test_fault_none_one_or_many_boxes(name: str, value: list[int], backend: str) -> None:
-    assert_finite(case(name, counts=value))
+def test_fault_none_one_or_many_boxes(
+    name: str, value: list[int], backend: str, device: torch.device
+) -> None:
+    assert_finite(case(name, counts=value, device=device))
 
 
 @over_criteria
-def test_fault_duplicate_boxes(name: str, backend: str) -> None:
+def test_fault_duplicate_boxes(name: str, backend: str, device: torch.device) -> None:
     """All targets of an image are one, and so are all predictions."""
 
     def repeat(path: str, x: Tensor) -> Tensor:
@@ -362,4 +372,4 @@ def test_fault_duplicate_boxes(name: str, backend: str) -> None:
             return x[:, :1].expand(x.shape).clone()
         return x
 
-    assert_finite(case(name).changed(repeat))
+    assert_finite(case(name, device=device).changed(repeat))

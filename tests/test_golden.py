@@ -20,6 +20,14 @@ VARIANTS = {"atss": 5, "rtmdet": 3, "ssd": 5, "yolox": 4, "yolov9": 4, "detr": 5
 DISCONNECTED = {"detr-all_empty": "loss_giou"}
 # Largest error, relative to the largest value of the tensor.
 TOLERANCE = 1e-4
+# Corners whose layer is its own teacher, and those of the layer beside it. The distillation's
+# gradient, T w (p - p'), is 0 there if both softmaxes are summed alike. In another order, which
+# memory may ask for, each of two sums of 33 bins is off by up to 6 roundings of half an ulp, and
+# their quotients by 2 more: 8 ulps of T w p, and T w p is what the largest gradient beside is.
+OWN_TEACHER = {
+    "dfine-empty_image": ("outputs.dn_outputs.1.pred_corners", "outputs.dn_outputs.0.pred_corners")
+}
+ULPS = 8 * torch.finfo(torch.float32).eps
 
 
 def test_no_file_is_missing() -> None:
@@ -27,13 +35,15 @@ def test_no_file_is_missing() -> None:
     assert {name: found.count(name) for name in VARIANTS} == VARIANTS
 
 
-def assert_near(path: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Within TOLERANCE of the tensor's largest value; where that is zero, zero."""
+def largest(x: torch.Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+def assert_near(path: str, ours: torch.Tensor, theirs: torch.Tensor, least: float = 0.0) -> None:
+    """Within TOLERANCE of the tensor's largest value; where that is zero, within `least`."""
     assert ours.shape == theirs.shape, path
-    largest = theirs.abs().max().item() if theirs.numel() else 0.0
-    torch.testing.assert_close(
-        ours, theirs, rtol=0, atol=TOLERANCE * largest, msg=lambda m: f"{path}: {m}"
-    )
+    atol = TOLERANCE * largest(theirs) or least
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=atol, msg=lambda m: f"{path}: {m}")
 
 
 def mix_of(file: Path, golden: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -67,7 +77,9 @@ def test_golden(file: Path, backend: str, device: torch.device) -> None:
         assert_near(path, losses[path].detach().cpu(), theirs)
     by_path = dict(leaves(inputs))
     assert golden["grads"].keys() == set(golden["requires_grad"])
+    taught_by_itself, neighbour = OWN_TEACHER.get(file.stem, ("", ""))
     for path, theirs in golden["grads"].items():
         gradient = by_path[path].grad
         assert gradient is not None, f"{path} has no gradient"
-        assert_near(path, gradient.cpu(), theirs)
+        least = ULPS * largest(golden["grads"][neighbour]) if path == taught_by_itself else 0.0
+        assert_near(path, gradient.cpu(), theirs, least)

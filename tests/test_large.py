@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fuzzing import NAMES, SET_CRITERIA, Case, case
+from machine import CPU, DEVICE, environment, needs_gpu
 from test_criteria import assert_same
 from test_ops import DIRECT_OPS, ROW_OPS, changed, evaluated, layouts, outputs, over
 from torch import Tensor
@@ -22,22 +23,22 @@ from detloss_triton import backend as backends
 from detloss_triton import blocks, launch, memory
 from detloss_triton.op import Call, DirectOp, RowOp
 
-TESTS = Path(__file__).parent
 LVIS_CLASSES = 1203
 # Python names it since 3.13.
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
 def with_many_classes(name: str) -> Case:
-    drawn = case(name, classes=LVIS_CLASSES)
+    drawn = case(name, classes=LVIS_CLASSES, device=DEVICE)
     if name in SET_CRITERIA:
         generator = torch.Generator().manual_seed(0)
 
         def widen(path: str, x: Tensor) -> Tensor:
             if path.endswith("logits"):
-                return torch.randn(*x.shape[:-1], LVIS_CLASSES, generator=generator) - 1
+                wide = torch.randn(*x.shape[:-1], LVIS_CLASSES, generator=generator) - 1
+                return wide.to(DEVICE)
             if path.endswith("labels"):
-                return torch.randint(0, LVIS_CLASSES, x.shape, generator=generator)
+                return torch.randint(0, LVIS_CLASSES, x.shape, generator=generator).to(DEVICE)
             return x
 
         drawn = drawn.changed(widen)
@@ -45,6 +46,7 @@ def with_many_classes(name: str) -> Case:
     return drawn
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("name", NAMES)
 def test_criteria_take_1203_classes(name: str) -> None:
     results = []
@@ -57,14 +59,20 @@ def test_criteria_take_1203_classes(name: str) -> None:
 
 
 @pytest.fixture
-def sparse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Tensor, int], Tensor]]:
+def sparse(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[Tensor, int], Tensor]]:
     """Copies whose first and last entries along a dimension lie 2^31 elements apart.
 
     The memory between is reserved by no one: only the pages that are touched exist.
     """
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    # What the interpreter would copy back is in place; a copy would touch all that lies between.
-    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *arguments: None)
+    if backend == "triton":
+        if DEVICE != CPU:
+            pytest.skip("needs interpreted kernels")
+        from triton.runtime.interpreter import GridExecutor
+
+        # What it would copy back is in place; a copy would touch all that lies between.
+        monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *arguments: None)
 
     def spread(x: Tensor, axis: int) -> Tensor:
         n = x.shape[axis] if x.dim() else 0
@@ -84,8 +92,7 @@ def sparse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Tensor, int], 
 
 
 needs_noreserve = pytest.mark.skipif(
-    sys.platform != "linux" or torch.cuda.is_available(),
-    reason="needs memory that exists where it is touched, and interpreted kernels",
+    sys.platform != "linux", reason="needs memory that exists where it is touched"
 )
 axes = pytest.mark.parametrize("axis", [0, -1], ids=["rows", "features"])
 
@@ -102,7 +109,7 @@ def test_offsets_beyond_2_31_of_rows(
 ) -> None:
     """Rows or features that far apart, in inputs and gradients, give what compact ones give."""
     module = launch if backend == "triton" else blocks
-    for sample in layouts(tested, 6, torch.device("cpu")):
+    for sample in layouts(tested, 6, CPU):
         results = []
         for layout in (lambda x: sparse(x, axis), torch.clone):
             inputs = changed(sample, layout)
@@ -120,14 +127,14 @@ def test_offsets_beyond_2_31_of_rows(
 def test_offsets_beyond_2_31_of_matching(
     tested: DirectOp, axis: int, backend: str, sparse: Callable[[Tensor, int], Tensor]
 ) -> None:
-    for sample in layouts(tested, 6, torch.device("cpu")):
+    for sample in layouts(tested, 6, CPU):
         far = changed(sample, lambda x: sparse(x, axis) if -x.dim() <= axis < x.dim() else x)
         ours = outputs(tested(*far.inputs, **sample.params))
         expected = outputs(tested(*sample.inputs, **sample.params))
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 def test_2_31_logits_on_a_gpu() -> None:
     """Loss and gradient of the last rows among more than 2^31 logits."""
     n_classes = 80
@@ -243,13 +250,13 @@ def test_5000_boxes_in_an_image(name: str, limit: float) -> None:
         capture_output=True,
         text=True,
         timeout=300,
-        env={"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1", "DETLOSS_BACKEND": "torch"},
+        env=environment(DETLOSS_BACKEND="torch"),
     )
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) < limit
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("name", ["yolov9", "detr", "dfine"])
 def test_5000_boxes_on_a_gpu(name: str) -> None:
     batch = crowded(name, 5000).changed(lambda _, x: x.cuda())

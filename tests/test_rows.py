@@ -27,6 +27,7 @@ def rows_kernel(
     tl.store(p_row + at, row)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("n_segment", [3 * 2**20, 3 * 2**30], ids=["int32", "beyond"])
 def test_rows_are_found_in_two_dimensions(n_segment: int, device: torch.device) -> None:
     """The first block of each of four segments."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import NAMES, Case, assert_same, case
+from machine import needs_gpu, needs_triton
 from synchronisation import NoHostReads, Transfers
 from torch import Tensor
 from trees import leaves
@@ -17,7 +18,6 @@ from detloss_triton.backend import record_launches
 
 META = torch.device("meta")
 over_criteria = pytest.mark.parametrize("name", NAMES)
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def with_norms_on(device: torch.device, batch: Case) -> Case:
@@ -37,6 +37,7 @@ def test_the_torch_backend_transfers_what_its_solver_needs(name: str) -> None:
     assert transfers.by_solver == (name in ("detr", "dfine"))
 
 
+@needs_triton
 @over_criteria
 def test_the_triton_backend_transfers_nothing(name: str) -> None:
     """With launches recorded instead of run, as there need not be a GPU."""
@@ -79,8 +80,9 @@ def test_nothing_waits_for_the_device(
     batch = with_norms_on(device, case(name, counts).on(device))
     if device.type == "cuda":  # compiling a kernel may wait, once
         batch.step()
-    with NoHostReads(device):
+    with NoHostReads(device) as reads:
         batch.step()
+    assert reads.by_solver == (backend == "torch" and name in ("detr", "dfine"))
 
 
 def test_the_detector_of_synchronisations_works(device: torch.device) -> None:

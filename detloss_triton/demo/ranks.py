@@ -25,7 +25,8 @@ def joined(device: torch.device) -> Iterator[torch.device]:
         yield device
         return
     if device.type == "cpu":
-        dist.init_process_group()
+        # Left unnamed it is the accelerator's, where there is one, and knows no tensors of a CPU.
+        dist.init_process_group("gloo")
     else:
         device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(device_id=device)
