@@ -190,8 +190,8 @@ def is_auto() -> bool:
     return _requested == "auto"
 
 
-def is_cached_by_cpu(device: torch.device) -> bool:
-    """Whether temporaries live in CPU caches, so that evaluation in blocks of rows pays."""
+def is_cpu(device: torch.device) -> bool:
+    """Whether this is a CPU: the host, whose memory it may look at, and whose caches matter."""
     return device.type == "cpu"
 
 
@@ -211,9 +211,9 @@ def is_transformed(*tensors: torch.Tensor) -> bool:
     )
 
 
-def is_eager_cpu(device: torch.device) -> bool:
-    """Whether this runs on such a CPU as it is written, so that it may look at the data."""
-    return is_cached_by_cpu(device) and not torch.compiler.is_compiling() and not is_transformed()
+def host_sees(device: torch.device) -> bool:
+    """Whether values there may be looked at without waiting: on a CPU, in an eager step."""
+    return is_cpu(device) and not torch.compiler.is_compiling() and not is_transformed()
 
 
 @dataclass(frozen=True)

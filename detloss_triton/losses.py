@@ -21,13 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from .boxes import ltrb
-from .entries import factor, none_negative
-from .gather import count_of, first_set
 from .ops import classification, distribution, regression
+from .ops.selection import first_set
 from .precision import arithmetic_dtype, as_indices, at_least_float32
 from .reduction import EPS32, check_reduction, reduced
 from .settings import described
-from .shapes import check_shapes
+from .shapes import check_count, check_shapes
 
 if TYPE_CHECKING:
     from .vec2box import Vec2Box
@@ -167,7 +166,7 @@ class CrossEntropyLoss(Loss):
             weight = of_label if weight is None else weight * of_label
         return self._reduced(
             distribution.two_bin,
-            *(cls_score, label if kept is None else torch.where(kept, label, -1), None, None),
+            *(cls_score, label.masked_fill(~kept, -1), None, None),
             weight=weight,
             avg_factor=self._divisor(avg_factor, reduction_override, kept, label.numel()),
             override=reduction_override,
@@ -188,14 +187,14 @@ class CrossEntropyLoss(Loss):
         self,
         avg_factor: float | Tensor | None,
         override: str | None,
-        kept: Tensor | None,
+        kept: Tensor,
         n_losses: int,
     ) -> float | Tensor | None:
         """`avg_factor`; or with `avg_non_ignore`, how many of the losses a mean is over."""
         reduction = self.reduction if override is None else override
         if avg_factor is not None or not self.avg_non_ignore or reduction != "mean":
             return avg_factor
-        return n_losses if kept is None else kept.sum() * (n_losses // max(kept.numel(), 1))
+        return kept.sum() * (n_losses // max(kept.numel(), 1))
 
     def _sigmoid(
         self,
@@ -214,7 +213,7 @@ class CrossEntropyLoss(Loss):
             return self._reduced(
                 classification.binary_cross_entropy,
                 *(score, label, None, None),
-                weight=_product(weight, kept),
+                weight=kept if weight is None else weight * kept,
                 avg_factor=self._divisor(avg_factor, override, kept, score.numel()),
                 count=score.numel(),
                 override=override,
@@ -224,11 +223,8 @@ class CrossEntropyLoss(Loss):
         else:
             classes = torch.arange(score.shape[-1], device=score.device)
             target = (label.unsqueeze(-1) == classes).to(torch.float32)
-        kept, weight = (
-            x if x is None else (x.unsqueeze(-1) if x.dim() < score.dim() else x).expand_as(score)
-            for x in (kept, _detached(weight))
-        )
-        weight = _product(weight, kept)
+        kept = _by_entry(kept, score)
+        weight = kept if weight is None else _by_entry(weight.detach(), score) * kept
         rest: dict[str, Any] = {
             "avg_factor": self._divisor(avg_factor, override, kept, score.numel()),
             "override": override,
@@ -238,23 +234,22 @@ class CrossEntropyLoss(Loss):
         if self.class_weight is not None:
             # pos_weight multiplies the positive part t softplus(-x) = t BCE(x, 1) only.
             extra = self._weights_for(score) - 1
-            weight = target * extra if weight is None else weight * target * extra
+            weight = weight * target * extra
             loss = loss + self._reduced(
                 op, x, None, torch.ones_like(target), None, weight=weight, **rest
             )
         return loss
 
 
-def _kept(label: Tensor, ignore_index: int) -> Tensor | None:
-    """Where a label or a target counts: a negative one never does. None where a CPU sees all do."""
-    if ignore_index < 0 and none_negative(label):
-        return None
+def _kept(label: Tensor, ignore_index: int) -> Tensor:
+    """Where a label or a target counts: a negative one never does."""
     kept = label >= 0
-    return factor(kept if ignore_index < 0 else kept & (label != ignore_index))
+    return kept if ignore_index < 0 else kept & (label != ignore_index)
 
 
-def _product(weight: Tensor | None, kept: Tensor | None) -> Tensor | None:
-    return kept if weight is None else weight if kept is None else weight * kept
+def _by_entry(x: Tensor, score: Tensor) -> Tensor:
+    """A factor of rows, or of entries, as one of each entry."""
+    return (x.unsqueeze(-1) if x.dim() < score.dim() else x).expand_as(score)
 
 
 def _is_row(weight: Tensor | None, label: Tensor) -> bool:
@@ -560,15 +555,10 @@ def _matched(module: nn.Module, valid_masks: Tensor, box_norm: Tensor) -> tuple[
         ValueError: where a CPU sees that another number is matched.
     """
     mask = valid_masks.flatten()
-    n_set = count_of(mask)
-    if n_set not in (None, len(box_norm)):
-        raise ValueError(
-            f"{type(module).__name__}: valid_masks must have as many entries set as box_norm has "
-            f"rows, {len(box_norm)}, got {n_set}"
-        )
-    index, found = first_set(mask, len(box_norm))
-    weight = box_norm.detach()
-    return index, weight if found is None else torch.where(found, weight, 0)
+    check_count(type(module).__name__, "valid_masks", mask, "box_norm", len(box_norm))
+    index = first_set(mask, n=len(box_norm))
+    missing = index >= len(mask)
+    return index.masked_fill(missing, 0), box_norm.detach().masked_fill(missing, 0)
 
 
 class BoxLoss(nn.Module):

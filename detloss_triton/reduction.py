@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .backend import is_cached_by_cpu, is_eager_cpu, is_transformed
-from .op import RowOp
+from .backend import is_cpu, is_transformed
+from .engine import RowOp
 from .precision import arithmetic_dtype
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -60,19 +60,10 @@ def reduced(
         raise ValueError("avg_factor cannot be used with reduction='sum'")
     else:
         divisor = avg_factor + avg_eps
-    if weight is not None and _may_be_scaled(weight):
-        # The gradients that a CPU finds in forward are then right as they are.
-        weight = scaled(weight.to(dtype), scale)
-        return op(*inputs, weight=weight / divisor, **params)
     total = op(*inputs, weight=weight, **params)
     if isinstance(divisor, Tensor) or divisor == 0:
         return scaled(total, scale) / divisor
     return scaled(total, scale / divisor)
-
-
-def _may_be_scaled(weight: Tensor) -> bool:
-    """Whether the losses' weights can take a factor as well as their sum: not of broadcast ones."""
-    return is_eager_cpu(weight.device) and 0 not in weight.stride()
 
 
 def as_divisor(
@@ -94,7 +85,7 @@ def as_divisor(
         raise TypeError(f"{place} must be a number, got a tensor of {given.dtype}")
     if given.numel() != 1:
         raise ValueError(f"{place} must be one number, got shape {tuple(given.shape)}")
-    if device not in (None, given.device) and not is_cached_by_cpu(given.device):
+    if device not in (None, given.device) and not is_cpu(given.device):
         raise ValueError(f"{place} must be on {device}, got {given.device}")
     given = given.detach().reshape(())
     # An integer is divided by as it is: one launch less.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .op import REGISTRY, TOLERANCE, DirectOp, Op, RowOp, Sample
+from .engine import REGISTRY, TOLERANCE, DirectOp, Formula, RowOp, Sample
 
 # Enough for a few programs and a partial block; quick in the interpreter.
 _ROWS = 300
@@ -42,7 +42,9 @@ def check(device: str | torch.device = "cpu") -> Iterator[Row]:
                 yield Row(name, chosen, label, error, tolerance, error <= tolerance)
 
 
-def _error(op: Op, sample: Sample, chosen: Any, dtype: torch.dtype, device: torch.device) -> float:
+def _error(
+    op: Formula, sample: Sample, chosen: Any, dtype: torch.dtype, device: torch.device
+) -> float:
     rounded = [_cast(x, dtype) for x in sample.inputs]
     with backend.use_backend("torch"):
         truth = results(op, sample, [_cast(x, torch.float64) for x in rounded])
@@ -55,7 +57,7 @@ def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return x.to(dtype) if x is not None and x.is_floating_point() else x
 
 
-def results(op: Op, sample: Sample, inputs: list[Tensor | None]) -> list[Tensor]:
+def results(op: Formula, sample: Sample, inputs: list[Tensor | None]) -> list[Tensor]:
     """An op's outputs and, for row ops, the gradients of their randomly weighted sum."""
     if isinstance(op, DirectOp):
         out = op(*(x for x in inputs if x is not None), **sample.params)

@@ -32,7 +32,7 @@ import detloss_triton as dt
 from detloss_triton import backend, op, ops  # noqa: F401  (ops fills the registry)
 from detloss_triton.bench.batches import DENSE as BUILDERS
 from detloss_triton.bench.batches import STRIDES
-from detloss_triton.op import REGISTRY, Op, RowOp
+from detloss_triton.engine import REGISTRY, Formula, RowOp
 
 ROWS = 37
 SIDE: Any = sys.argv[1]
@@ -60,7 +60,7 @@ def features_first(x: Tensor) -> Tensor:
     return x.transpose(0, -1).contiguous().transpose(0, -1)
 
 
-def run_op(tested: Op, integers: torch.dtype, layout: Callable[[Tensor], Tensor]) -> None:
+def run_op(tested: Formula, integers: torch.dtype, layout: Callable[[Tensor], Tensor]) -> None:
     for sample in tested.samples(ROWS, torch.Generator().manual_seed(0)):
         inputs: list[Any] = []
         for i, x in enumerate(sample.inputs):

@@ -17,7 +17,7 @@ import detloss_triton as dt
 from detloss_triton import cli
 from detloss_triton.bench import machine, measure, peers, providers, report, run, shapes
 from detloss_triton.bench.batches import BUILDERS
-from detloss_triton.op import REGISTRY
+from detloss_triton.engine import REGISTRY
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

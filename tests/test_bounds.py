@@ -22,7 +22,7 @@ from trees import mapped
 
 from detloss_triton import Targets, blocks, launch, memory, sum_losses
 from detloss_triton.bench.batches import DENSE as BUILDERS
-from detloss_triton.op import Call, Op, RowOp
+from detloss_triton.engine import Call, Formula, RowOp
 
 WORKER = str(TESTS / "bounds_worker.py")
 NAMES = (*REGISTRY, *BUILDERS, "detr", "dfine")
@@ -132,7 +132,7 @@ def narrowed(x: Tensor) -> Tensor:
 
 
 @over(*REGISTRY.values(), name="tested")
-def test_ops_take_int32_labels(tested: Op, backend: str, device: torch.device) -> None:
+def test_ops_take_int32_labels(tested: Formula, backend: str, device: torch.device) -> None:
     for sample in samples(tested, 15, device):
         inputs = changed(sample, narrowed).inputs
         with OnlyInt64Indices():

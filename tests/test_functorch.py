@@ -16,7 +16,7 @@ from trees import leaves, mapped
 
 import detloss_triton as dt
 from detloss_triton import blocks, memory
-from detloss_triton.op import REGISTRY, RowOp
+from detloss_triton.engine import REGISTRY, RowOp
 
 
 @pytest.fixture(params=["small", "large"], autouse=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 import detloss_triton as dt
 from detloss_triton import backend as backends
 from detloss_triton import blocks, launch, memory
-from detloss_triton.op import Call, DirectOp, RowOp
+from detloss_triton.engine import Call, DirectOp, RowOp
 
 LVIS_CLASSES = 1203
 # Python names it since 3.13.

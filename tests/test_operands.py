@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import detloss_triton as dt
 from detloss_triton import functional
-from detloss_triton.op import REGISTRY, RowOp
+from detloss_triton.engine import REGISTRY, RowOp
 
 NUMBERS = (
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),

@@ -20,7 +20,7 @@ from trees import Unchanged
 import detloss_triton as dt
 from detloss_triton import backend as backends
 from detloss_triton import blocks, entries, launch, memory, op, ops  # noqa: F401  (ops fills the registry)
-from detloss_triton.op import REGISTRY, DirectOp, Input, Op, RowOp, Sample, row_loss
+from detloss_triton.engine import REGISTRY, DirectOp, Formula, Input, RowOp, Sample, row_loss
 
 ROW_OPS = [each for each in REGISTRY.values() if isinstance(each, RowOp)]
 SKIPPING_OPS = [each for each in ROW_OPS if each.skip]
@@ -65,7 +65,7 @@ over_row_ops = over(*ROW_OPS, name="tested")
 over_dtypes = over(*DTYPES, name="dtype")
 
 
-def samples(tested: Op, rows: int, device: torch.device, seed: int = 0) -> list[Any]:
+def samples(tested: Formula, rows: int, device: torch.device, seed: int = 0) -> list[Any]:
     """The op's samples on the device: `Sample`s."""
 
     def placed(x: Tensor | None) -> Tensor | None:
@@ -78,7 +78,7 @@ def samples(tested: Op, rows: int, device: torch.device, seed: int = 0) -> list[
     ]
 
 
-def layouts(tested: Op, rows: int, device: torch.device) -> list[Sample]:
+def layouts(tested: Formula, rows: int, device: torch.device) -> list[Sample]:
     """One sample for each set of inputs that are there: what layout tests need, and quicker."""
     by_presence = {
         tuple(x is None for x in (*sample.inputs, sample.weight)): sample
@@ -87,7 +87,7 @@ def layouts(tested: Op, rows: int, device: torch.device) -> list[Sample]:
     return list(by_presence.values())
 
 
-def fullest(tested: Op, rows: int, device: torch.device) -> Sample:
+def fullest(tested: Formula, rows: int, device: torch.device) -> Sample:
     """The sample with the most inputs."""
     return max(
         samples(tested, rows, device),
@@ -95,7 +95,7 @@ def fullest(tested: Op, rows: int, device: torch.device) -> Sample:
     )
 
 
-def chosen(tested: Op, rows: int, dtype: torch.dtype, device: torch.device) -> list[Sample]:
+def chosen(tested: Formula, rows: int, dtype: torch.dtype, device: torch.device) -> list[Sample]:
     """As much as a size and a dtype can tell apart: the interpreter takes seconds for the rest.
 
     Parameters and awkward rows are all there in 63 rows of float32; another dtype changes how each
@@ -323,7 +323,7 @@ def test_float64_is_computed_in_float64(tested: RowOp, device: torch.device) -> 
 
 @over(*REGISTRY.values(), name="tested")
 @pytest.mark.usefixtures("kernels")
-def test_kernels_refuse_float64(tested: Op, device: torch.device) -> None:
+def test_kernels_refuse_float64(tested: Formula, device: torch.device) -> None:
     sample = cast(samples(tested, 8, device)[0], torch.float64)
     with (
         backends.use_backend("triton"),
@@ -391,7 +391,7 @@ def test_direct_ops_leave_inputs_alone_and_carry_no_gradient(
 @over(*REGISTRY.values(), name="tested")
 @pytest.mark.usefixtures("poisoned_memory")
 def test_every_output_is_written(
-    tested: Op, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    tested: Formula, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fresh memory holds NaN here, which any result left unwritten or read too early would show."""
     monkeypatch.setattr(blocks, "ELEMENTS", 16)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from detloss_triton import use_backend
+from detloss_triton.engine import REGISTRY, RowOp, Sample
 from detloss_triton.gather import hardest, settled
-from detloss_triton.op import REGISTRY, RowOp, Sample
 from detloss_triton.ops.distribution import two_bin
 from detloss_triton.traced import _order
 

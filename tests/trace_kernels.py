@@ -34,7 +34,7 @@ def counting(counts: dict[str, int], direction: str) -> Callable[..., Any]:
     """A compiler that counts a graph's kernels; what it returns gives zeros."""
 
     def compiler(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-        counts[direction] = sum("triton_kernel" in str(n.target) for n in graph.graph.nodes)
+        counts[direction] = sum("detloss_triton" in str(n.target) for n in graph.graph.nodes)
         (output,) = graph.graph.find_nodes(op="output")
         values = [None if node is None else node.meta["val"] for node in output.args[0]]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from detloss_triton import backend
-from detloss_triton.op import TOLERANCE, RowOp
+from detloss_triton.engine import TOLERANCE, RowOp
 from detloss_triton.reduction import sum_losses
 from detloss_triton.selfcheck import relative_error
 

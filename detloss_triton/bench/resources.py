@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from detloss_triton import backend
-from detloss_triton.op import REGISTRY, Op, RowOp, Sample
+from detloss_triton.engine import REGISTRY, Formula, RowOp, Sample
 from detloss_triton.ops import assignment, distribution
 
 from . import aot
@@ -45,7 +45,7 @@ Row = dict[str, Any]
 class Variant:
     """One call of an op: what its launches are called in the report, and their arguments."""
 
-    op: Op
+    op: Formula
     label: str
     sample: Sample
     keep: int = 0
@@ -77,11 +77,11 @@ def _channels_first(x: Tensor) -> Tensor:
     return rows.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _samples(op: Op, rows: int = ROWS) -> list[Sample]:
+def _samples(op: Formula, rows: int = ROWS) -> list[Sample]:
     return list(op.samples(rows, torch.Generator().manual_seed(0)))
 
 
-def _fullest(op: Op, rows: int = ROWS) -> Sample:
+def _fullest(op: Formula, rows: int = ROWS) -> Sample:
     """The sample with the most inputs."""
     return max(_samples(op, rows), key=lambda s: sum(x is not None for x in (*s.inputs, s.weight)))
 

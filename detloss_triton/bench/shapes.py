@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from detloss_triton import ops  # noqa: F401  (fills the registry)
-from detloss_triton.op import REGISTRY, DirectOp, Input, RowOp, Sample
+from detloss_triton.engine import REGISTRY, DirectOp, Input, RowOp, Sample
 
 from .batches import BUILDERS, Batch, Draw
 

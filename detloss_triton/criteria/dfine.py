@@ -10,7 +10,6 @@ from torch import Tensor
 
 from detloss_triton.boxes import cxcywh_to_xyxy, ltrb
 from detloss_triton.matchers import union_of_matches
-from detloss_triton.memory import forked
 from detloss_triton.ops.distribution import distillation, two_bin
 from detloss_triton.shapes import check_counts, check_numbers
 
@@ -327,7 +326,7 @@ def _and_some(stacked: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
         return stacked, stacked[:0]
     first, n = layers[0], len(layers)
     if list(layers) == list(range(first, first + n)):
-        return forked(stacked, first, first + n)
+        return stacked, stacked[first : first + n]
     return stacked, torch.stack([stacked[i] for i in layers])
 
 

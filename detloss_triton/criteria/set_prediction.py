@@ -18,11 +18,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from detloss_triton.backend import is_eager_cpu
+from detloss_triton.backend import host_sees
 from detloss_triton.boxes import cxcywh_to_xyxy
-from detloss_triton.gather import settled
 from detloss_triton.matchers import HungarianMatcher
-from detloss_triton.memory import stack
 from detloss_triton.ops.classification import varifocal
 from detloss_triton.ops.regression import giou_loss, iou_loss, l1
 from detloss_triton.precision import arithmetic_dtype
@@ -85,7 +83,7 @@ class Layers:
         tensors = [self.outputs[i][key] for i in layers]
         if all(t is tensors[0] for t in tensors):
             return tensors[0].expand(len(tensors), *tensors[0].shape)
-        return stack(tensors)
+        return torch.stack(tensors)
 
 
 def stack_layers(named: NamedLayers) -> list[Layers]:
@@ -101,8 +99,8 @@ def stack_layers(named: NamedLayers) -> list[Layers]:
             groups.append([layer])
     return [
         Layers(
-            stack([output["pred_logits"] for _, output in group]),
-            stack([output["pred_boxes"] for _, output in group]),
+            torch.stack([output["pred_logits"] for _, output in group]),
+            torch.stack([output["pred_boxes"] for _, output in group]),
             tuple(suffix for suffix, _ in group),
             tuple(output for _, output in group),
         )
@@ -153,7 +151,7 @@ def classification_losses(
     logits: Tensor, iou: Tensor, found: Matched, alpha: float, gamma: float
 ) -> Tensor:
     """(L,): varifocal losses, summed."""
-    labels = settled(found.labels.expand(logits.shape[:-1]))
+    labels = found.labels.expand(logits.shape[:-1])
     return varifocal(logits, labels, iou, None, keep=1, alpha=alpha, gamma=gamma)
 
 
@@ -221,7 +219,7 @@ def map_of_indices(
             f"{place}: indices must be a list of pairs (query indices, target indices), or "
             f"{{'indices': the list}}, one for each of {n_images} images, got {came}"
         )
-    if counts is None and (enabled() or is_eager_cpu(targets.counts.device)):
+    if counts is None and (enabled() or host_sees(targets.counts.device)):
         counts = counts_of(targets)
     out = targets.labels.new_full((n_images, n_queries + 1), -1, dtype=torch.int64)
     for image, pair in enumerate(pairs):
@@ -233,7 +231,7 @@ def map_of_indices(
             raise ValueError(
                 f"{at} must be of as many queries as targets, got {len(queries)} and {len(chosen)}"
             )
-        if enabled() or is_eager_cpu(queries.device):
+        if enabled() or host_sees(queries.device):
             _check_range(f"{at} of queries", queries, n_queries)
             if counts is not None:
                 _check_range(f"{at} of targets", chosen, counts[image])

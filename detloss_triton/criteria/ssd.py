@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detloss_triton.gather import hardest
 from detloss_triton.ops.distribution import two_bin
 from detloss_triton.ops.regression import smooth_l1
+from detloss_triton.ops.selection import hardest
 from detloss_triton.reduction import EPS32, as_divisor, unbound
 from detloss_triton.settings import described
 from detloss_triton.shapes import check_shapes
@@ -131,7 +131,7 @@ class SSDCriterion(nn.Module):
             )
             check(self, bbox_weights=NOTHING(box_weights, ~positive))
         norm = torch.where(norm == 0, 1, norm) if isinstance(norm, Tensor) else norm or 1.0
-        each = two_bin(scores, label, None, None, weight=weights, keep=2, few=True)
+        each = two_bin(scores, label, None, None, weight=weights, keep=2)
         loss_cls = self._mined(each, label, positive) / norm
         boxes = self._decoded(anchors, codes) if self.reg_decoded_bbox else codes
         loss_bbox = smooth_l1(

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from detloss_triton import backend
-from detloss_triton.gather import first_set
 from detloss_triton.losses import CrossEntropyLoss, IoULoss, L1Loss
-from detloss_triton.memory import take
+from detloss_triton.ops.selection import first_set
 from detloss_triton.precision import at_least_float32
 from detloss_triton.reduction import as_divisor
 from detloss_triton.settings import described
-from detloss_triton.shapes import check_shapes
+from detloss_triton.shapes import check_count, check_shapes
 from detloss_triton.validate import (
     FINITE,
     FRACTION,
@@ -136,8 +133,10 @@ class YOLOXCriterion(nn.Module):
                 l1_targets=FINITE(l1_targets if self.use_l1 else [], positives=by_image),
                 num_total_samples=POSITIVE(num_total_samples),
             )
-        self._check_count(pos_masks, n_positive)
-        index, found = first_set(pos_masks, n_positive)
+        check_count(type(self).__name__, "pos_masks", pos_masks, "bbox_targets", n_positive)
+        index = first_set(pos_masks, n=n_positive)
+        found = index < n_rows
+        index = index.masked_fill(~found, 0)
         classes = _rows(flatten_cls_preds, index)
         loss = {
             "loss_cls": _of_found(self.loss_cls, classes, cls_targets, found),
@@ -155,16 +154,6 @@ class YOLOXCriterion(nn.Module):
         slots = ("loss_cls", "loss_bbox", "loss_obj", "loss_l1")
         return described(self, **{slot: is_ours(getattr(self, slot)) for slot in slots})
 
-    def _check_count(self, pos_masks: Tensor, n_positive: int) -> None:
-        if not backend.is_eager_cpu(pos_masks.device):
-            return
-        n_set = np.count_nonzero(pos_masks.numpy())
-        if n_set != n_positive:
-            raise ValueError(
-                f"{type(self).__name__}: pos_masks must have as many entries set as bbox_targets "
-                f"has rows, {n_positive}, got {n_set}"
-            )
-
 
 def _summed_bce() -> CrossEntropyLoss:
     return CrossEntropyLoss(use_sigmoid=True, reduction="sum")
@@ -172,19 +161,17 @@ def _summed_bce() -> CrossEntropyLoss:
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     """Some anchors (P, features) of (N, A, features)."""
-    return take(x.flatten(0, 1), 0, index)
+    return x.flatten(0, 1).index_select(0, index)
 
 
-def _of_found(module: nn.Module, pred: Tensor, target: Tensor, found: Tensor | None) -> Tensor:
-    """A loss of the (P, features) rows of positives that were `found`, (P,) or None for all.
+def _of_found(module: nn.Module, pred: Tensor, target: Tensor, found: Tensor) -> Tensor:
+    """A loss of the (P, features) rows of positives that were `found` (P,).
 
     A stranger's module gets just these and is not called where there are none, as from OTX.
     """
     ours = is_ours(module)
-    if found is not None and not ours:
+    if not ours:
         pred, target = pred[found], target[found]
     if len(pred) == 0:
         return at_least_float32(pred).sum()
-    if ours:
-        return module(pred, target, weight=None if found is None else found.to(torch.float32))
-    return module(pred, target)
+    return module(pred, target, weight=found.to(torch.float32)) if ours else module(pred, target)

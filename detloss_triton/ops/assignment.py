@@ -11,8 +11,7 @@ from torch import Tensor
 
 from detloss_triton import backend
 from detloss_triton.backend import kernels
-from detloss_triton.launch import power_of_2
-from detloss_triton.op import Sample, direct
+from detloss_triton.engine import Sample, direct, power_of_2
 
 # What a NaN or infinite cost counts as; large beside any cost of matching, exact in float32.
 LIMIT = 1e10

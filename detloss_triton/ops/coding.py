@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from detloss_triton.backend import kernels
-from detloss_triton.launch import TILE, Tile
-from detloss_triton.op import Input, Sample, row_map
+from detloss_triton.engine import TILE, Input, Sample, Tile, row_map
 
 
 def _delta_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:

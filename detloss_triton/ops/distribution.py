@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_triton import backend
 from detloss_triton.backend import kernels
-from detloss_triton.launch import TILE, Tile, power_of_2
-from detloss_triton.op import Input, Sample, row_loss
+from detloss_triton.engine import TILE, Input, Sample, Tile, power_of_2, row_loss
 from detloss_triton.precision import at_least_float32
-from detloss_triton.slope import with_slope
 
 # A program holds whole rows; wider ones would spill.
 MAX_BINS = 4096
@@ -61,51 +54,21 @@ def two_bin(
     Defaults w_left = 1, w_right = 0 make it the softmax cross-entropy. A row whose left bin does
     not exist costs 0; so does a right bin beyond the last.
     """
-    left = left.long()
-    bins = [left]
-    if weight_right is not None:
-        bins.append(torch.where(left >= 0, left + 1, -1))
-    loss, *right = _surprisals(logits, bins)
+    log_p, left = logits.log_softmax(-1), left.long()
+    loss = _surprisal(log_p, left)
     if weight_left is not None:
         loss = loss * weight_left
-    return loss + right[0] * weight_right if weight_right is not None else loss
+    if weight_right is None:
+        return loss
+    right = (left + 1).masked_fill(left < 0, -1)
+    return loss + _surprisal(log_p, right) * weight_right
 
 
-def _surprisals(logits: Tensor, bins: list[Tensor]) -> list[Tensor]:
-    """-log softmax(logits) at one bin per row, for each of some; 0 where it does not exist."""
-    if not torch.compiler.is_compiling():
-        log_p = logits.log_softmax(-1).reshape(-1, logits.shape[-1])
-        return [_at(log_p, index.reshape(-1)).view_as(index) for index in bins]
-    # Inductor so reads the logits twice, for the largest and for the sum; the picked entries are
-    # found on the way.
-    x = logits - logits.detach().amax(-1, keepdim=True)
-    norm = x.exp().sum(-1).log()
-    bins = [_or_none(i, logits.shape[-1]) for i in bins]
-    if len(bins) > 1:
-        # Each comparison would be a pass over all bins.
-        at = [x.gather(-1, i.clamp(min=0).unsqueeze(-1)).squeeze(-1) for i in bins]
-    else:
-        # A gather's gradient is a loop of its own.
-        columns = torch.arange(x.shape[-1], device=x.device)
-        at = [torch.where(columns == i.unsqueeze(-1), x, 0).sum(-1) for i in bins]
-    return [torch.where(i >= 0, norm - found, 0) for i, found in zip(bins, at, strict=True)]
-
-
-def _at(log_p: Tensor, index: Tensor) -> Tensor:
-    """-log_p (n, bins) at an index per row, 0 where there is no such bin."""
-    # A thread picks from the rows it wrote. A gather picks from those of another thread too, and
-    # then the cores wait for each other's caches, here for longer than log_softmax takes.
-    pick = partial(F.nll_loss, log_p, ignore_index=-1, reduction="none")
-    if backend.is_eager_cpu(index.device):
-        # Nearly always all exist, and there it looks at each of them itself.
-        with suppress(IndexError):
-            return pick(target=index)
-    return pick(target=_or_none(index, log_p.shape[-1]))
-
-
-def _or_none(index: Tensor, bins: int) -> Tensor:
-    """The index of a bin, -1 where there is no such bin."""
-    return torch.where((index >= 0) & (index < bins), index, -1)
+def _surprisal(log_p: Tensor, index: Tensor) -> Tensor:
+    """-log_p at one bin of each row; 0 where it does not exist."""
+    exists = (index >= 0) & (index < log_p.shape[-1])
+    at = index.masked_fill(~exists, 0).unsqueeze(-1)
+    return (-log_p.gather(-1, at).squeeze(-1)).masked_fill(~exists, 0)
 
 
 @two_bin.triton
@@ -146,28 +109,14 @@ def _distillation_samples(rows: int, generator: torch.Generator) -> Iterator[Sam
 def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 KL(softmax(teacher / T) || softmax(student / T)).
 
-    Its gradient is T (q - p) by definition: so a student that equals its teacher has one of exactly
-    0, and not the rounding error of sum p = 1.
+    Of the softmaxes' logarithms the norms are taken apart, so that the gradient T (q - p) is the
+    difference of two like terms: exactly 0 where the student equals its teacher.
     """
-    with torch.no_grad():
-        x, q, log_x = _softmax(student, temperature)
-        t, p, log_t = _softmax(teacher, temperature)
-        bits = (p * (t - x)).sum(-1) + (log_x - log_t)
-        losses = temperature**2 * math.log(2) * bits
-        slope = temperature * (q - p)
-    return with_slope(losses, slope, student)
-
-
-def _softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Logarithms up to a constant of their row, softmax, and the constant; to the base of 2.
-
-    To that base as torch's exp on a CPU is MKL's, which on some takes three times as long as exp2.
-    """
-    x = logits * (math.log2(math.e) / temperature)
-    x = x - x.amax(-1, keepdim=True)
-    e = x.exp2()
-    total = e.sum(-1, keepdim=True)
-    return x, e / total, total.log2().squeeze(-1)
+    x, t = student / temperature, teacher / temperature
+    x, t = x - x.detach().amax(-1, keepdim=True), t - t.amax(-1, keepdim=True)
+    norm_x, norm_t = x.logsumexp(-1), t.logsumexp(-1)
+    p = (t - norm_t.unsqueeze(-1)).exp()
+    return temperature**2 * ((p * (t - x)).sum(-1) + norm_x - norm_t)
 
 
 distillation.limited(_beyond)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from detloss_triton import backend, blocks, memory
+from detloss_triton import backend
 from detloss_triton.backend import kernels
 from detloss_triton.boxes import Columns, columns, overlap
-from detloss_triton.entries import where
-from detloss_triton.op import Sample, direct
+from detloss_triton.engine import Sample, direct, slices
 from detloss_triton.precision import arithmetic_dtype
 
 from .regression import YOLOV9_EPS, added_iou, centre_term, ciou, giou
@@ -55,50 +53,65 @@ def task_aligned(
         targets (B, T, 4) xyxy. Returns the metric (B, T, A) and each target's largest clamped IoU
         over all anchors (B, T), both float32.
     """
-    n_images, n_targets, n_anchors = logits.shape
     dtype = arithmetic_dtype(boxes, logits, targets)
-    metric = memory.empty(logits.shape, logits, dtype)
-    best = logits.new_zeros((n_images, n_targets), dtype=dtype)
-    if n_anchors == 0:
-        return metric, best
-    # Coordinates first, so that each is a tensor of its own.
-    boxes, anchors, targets = (x.to(dtype).movedim(-1, 0) for x in (boxes, anchors, targets))
-    if not torch.compiler.is_compiling():
-        boxes, anchors, targets = boxes.contiguous(), anchors.contiguous(), targets.contiguous()
+    if logits.shape[2] == 0:
+        return logits.to(dtype), logits.new_zeros(logits.shape[:2], dtype=dtype)
+    p, t = boxes.to(dtype).unsqueeze(1), targets.to(dtype).unsqueeze(2)
+    metric, score = _aligned(
+        *(columns(p), columns(t), anchors.to(dtype).unbind(-1), logits.to(dtype)),
+        *(iou, iou_power, class_power),
+    )
+    return metric, score.amax(-1)
 
-    def scored(p: Tensor, t: Tensor, points: Tensor, of_label: Tensor) -> tuple[Tensor, Tensor]:
-        score = _SIMILARITY[iou](_columns(p), _columns(t)).clamp(0, 1)
-        x, y = points
-        inside = (x > t[0]) & (y > t[1]) & (x < t[2]) & (y < t[3])
-        pair = _power(score, iou_power) * of_label.to(dtype).sigmoid().pow(class_power)
-        return torch.where(inside, pair, 0), score
 
-    # Boxes that lie apart, as most do, have a similarity of 0: where it may look, this leaves them
-    # out, and all pairs hold their overlap only.
-    looks = backend.is_eager_cpu(boxes.device)
-    held = blocks.TEMPORARIES // 4 if looks else blocks.TEMPORARIES
-    for image in blocks.slices(n_images, n_targets * n_anchors, boxes.device, held):
-        for rows in blocks.slices(n_targets, n_anchors, boxes.device, held):
-            at = (image, rows)
-            p, t = boxes[:, image].unsqueeze(2), targets[:, image, rows].unsqueeze(3)
-            if not looks:
-                metric[at], score = scored(p, t, anchors, logits[at])
-                best[at] = score.amax(-1)
-                continue
-            # Image by image, this stays in cache. NaN is not 0, and so is evaluated.
-            images = zip(p.unbind(1), t.unbind(1), strict=True)
-            near = [overlap(_columns(a), _columns(b)).bool() for a, b in images]
-            pair = where(torch.stack(near)).flat
-            row, anchor = pair // n_anchors, pair % n_anchors
-            value, score = scored(
-                p.flatten(1).index_select(1, row // t.shape[2] * n_anchors + anchor),
-                t.flatten(1).index_select(1, row),
-                anchors.index_select(1, anchor),
-                logits[at].flatten().index_select(0, pair),
+@task_aligned.by_looking
+def _(
+    boxes: Tensor,
+    logits: Tensor,
+    anchors: Tensor,
+    targets: Tensor,
+    iou: str,
+    iou_power: float,
+    class_power: float,
+) -> tuple[Tensor, Tensor]:
+    """Only of pairs that overlap: the others, nearly all, have a similarity of 0."""
+    dtype = arithmetic_dtype(boxes, logits, targets)
+    metric = logits.new_zeros(logits.shape, dtype=dtype)
+    best = logits.new_zeros(logits.shape[:2], dtype=dtype)
+    points = anchors.to(dtype).unbind(-1)
+    for image, (p, t) in enumerate(zip(boxes.to(dtype), targets.to(dtype), strict=True)):
+        # Each coordinate in memory of its own, as it is compared with many.
+        p = p.T.contiguous()
+        for some in slices(len(t), p.shape[1]):
+            # NaN is not 0, and so is evaluated.
+            near = overlap(_columns(p), columns(t[some].unsqueeze(1))).bool()
+            target, anchor = near.nonzero(as_tuple=True)
+            metric[image, some][target, anchor], score = _aligned(
+                _columns(p.index_select(1, anchor)),
+                _columns(t[some].T.index_select(1, target)),
+                tuple(x[anchor] for x in points),
+                logits[image, some][target, anchor].to(dtype),
+                *(iou, iou_power, class_power),
             )
-            metric[at].zero_().view(-1).scatter_(0, pair, value)
-            best[at].view(-1).scatter_reduce_(0, row, score, "amax")
+            best[image, some].scatter_reduce_(0, target, score, "amax")
     return metric, best
+
+
+def _aligned(
+    p: Columns,
+    t: Columns,
+    points: Sequence[Tensor],
+    of_label: Tensor,
+    iou: str,
+    iou_power: float,
+    class_power: float,
+) -> tuple[Tensor, Tensor]:
+    """Metric and clamped similarity of pairs, one by one or all against all."""
+    score = _SIMILARITY[iou](p, t).clamp(0, 1)
+    x, y = points
+    inside = (x > t[0]) & (y > t[1]) & (x < t[2]) & (y < t[3])
+    metric = _power(score, iou_power) * of_label.sigmoid().pow(class_power)
+    return metric.masked_fill(~inside, 0), score
 
 
 def _columns(boxes: Tensor) -> Columns:
@@ -163,7 +176,8 @@ def _(
 
 # Under the logarithms of the class cost, as every DETR since the first adds it.
 _LOG_EPS = 1e-8
-_GIOU_EPS = 1e-6
+# Of the union and the hull of boxes normalised to their image.
+GIOU_EPS = 1e-6
 
 
 def _cost_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
@@ -205,40 +219,30 @@ def match_cost(
     cost = boxes.new_empty((n_problems, n_targets, n_queries), dtype=dtype)
     if cost.numel() == 0:
         return cost
-    shape = (n_problems // n_images, n_images)
-    by_layer = cost.view(*shape, n_targets, n_queries)
-    logits, boxes = logits.unflatten(0, shape), boxes.unflatten(0, shape)
+    n_layers = n_problems // n_images
+    logits, boxes = (x.unflatten(0, (n_layers, n_images)) for x in (logits, boxes))
     is_class = (labels >= 0) & (labels < n_classes)
-    index = torch.where(is_class, labels, 0).long().unsqueeze(1)
-    t = [c.unsqueeze(-1) for c in columns(targets.to(dtype))]
-    t_corners = _corners(t)
-    p = [c.unsqueeze(2) for c in columns(boxes.to(dtype))]
-    p_corners = _corners(p)
-    for layers in blocks.slices(shape[0], n_images * n_targets * n_queries, boxes.device):
-        of_layers = logits[layers]
-        x = of_layers.gather(3, index.expand(len(of_layers), -1, n_queries, -1)).transpose(2, 3)
-        x = torch.where(is_class.unsqueeze(-1), x.to(dtype), 0)
-        for images in blocks.slices(n_images, n_targets * n_queries, boxes.device):
-            at = (layers, images)
-            pos, neg = x[:, images].sigmoid(), (-x[:, images]).sigmoid()
-            pair_cost = cost_class * (
-                (1 - alpha) * pos.pow(gamma) * (neg + _LOG_EPS).log()
-                - alpha * neg.pow(gamma) * (pos + _LOG_EPS).log()
-            )
-            for a, b in zip(p, t, strict=True):
-                pair_cost += cost_bbox * (a[at] - b[images]).abs()
-            pair_cost -= cost_giou * giou(_at(p_corners, at), _at(t_corners, images), _GIOU_EPS)
-            by_layer[at] = pair_cost
+    index = labels.masked_fill(~is_class, 0).long().unsqueeze(1).expand(-1, n_queries, -1)
+    t = columns(targets.to(dtype).unsqueeze(2))
+    for layer, (x, box) in enumerate(zip(logits, boxes, strict=True)):
+        of_label = x.gather(2, index).transpose(1, 2).to(dtype)
+        of_label = of_label.masked_fill(~is_class.unsqueeze(2), 0)
+        p = columns(box.to(dtype).unsqueeze(1))
+        pos, neg = of_label.sigmoid(), (-of_label).sigmoid()
+        pair_cost = cost_class * (
+            (1 - alpha) * pos.pow(gamma) * (neg + _LOG_EPS).log()
+            - alpha * neg.pow(gamma) * (pos + _LOG_EPS).log()
+        )
+        for a, b in zip(p, t, strict=True):
+            pair_cost = pair_cost + cost_bbox * (a - b).abs()
+        pair_cost = pair_cost - cost_giou * giou(_corners(p), _corners(t), GIOU_EPS)
+        cost.view(n_layers, n_images, n_targets, n_queries)[layer] = pair_cost
     return cost
 
 
 def _corners(c: Sequence[Tensor]) -> Columns:
     x, y, w, h = c
     return x - w / 2, y - h / 2, x + w / 2, y + h / 2
-
-
-def _at(c: Columns, index: Any) -> Columns:
-    return c[0][index], c[1][index], c[2][index], c[3][index]
 
 
 @match_cost.triton
@@ -284,7 +288,7 @@ def _(
         ALPHA=float(alpha),
         GAMMA=float(gamma),
         LOG_EPS=_LOG_EPS,
-        GIOU_EPS=_GIOU_EPS,
+        GIOU_EPS=GIOU_EPS,
         BQ=block,
     )
     return cost

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from detloss_triton.backend import kernels
 from detloss_triton.boxes import Columns, area, columns, hull, overlap
-from detloss_triton.gather import settled
-from detloss_triton.launch import TILE, Tile, power_of_2
-from detloss_triton.op import Input, Sample, row_loss
+from detloss_triton.engine import TILE, Input, Sample, Tile, power_of_2, row_loss
 
 # The union's floor under the plain IoU, whatever the floor of the IoU itself.
 UNION_EPS = 1e-6
@@ -98,11 +96,7 @@ def added_iou(p: Columns, t: Columns, eps: float) -> Tensor:
 def ciou(p: Columns, t: Columns, eps: float, alpha_grad: bool) -> Tensor:
     """Complete IoU of boxes given as broadcastable columns: one by one, or all against all."""
     iou = added_iou(p, t, eps)
-    aspects = [_aspect(p, eps), _aspect(t, eps)]
-    if p[0].shape != t[0].shape:
-        # Of a box, not of each pair it is in.
-        aspects = [settled(x) for x in aspects]
-    angle = aspects[0] - aspects[1]
+    angle = _aspect(p, eps) - _aspect(t, eps)
     v = (4 / math.pi**2) * angle.square()
     alpha = v / (v - iou + 1 + eps)  # in this order: 1 + eps rounds to 1
     return iou - centre_term(p, t, eps) - (alpha if alpha_grad else alpha.detach()) * v

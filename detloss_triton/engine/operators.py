@@ -8,22 +8,27 @@ from typing import Any, TypeVar
 
 import torch
 
-from . import backend
+from detloss_triton import backend
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def opaque(signature: str, fake: Callable[..., Any]) -> Callable[[_Function], _Function]:
-    """Declare the decorated function as an operator of its name; elsewhere it is called as it is.
+def opaque(signature: str, fake: Callable[..., Any], name: str = "") -> Callable[..., Any]:
+    """Declare the decorated function as an operator; in an eager step it is called as it is.
 
     Args:
         signature: arguments and result in torch's schema language.
         fake: of the same arguments, empty tensors like the results.
+        name: of the operator; by default the function's.
     """
 
     def declare(function: _Function) -> _Function:
-        name = f"detloss_triton::{function.__name__.strip('_')}"
-        operator = torch.library.custom_op(name, function, mutates_args=(), schema=signature)
+        operator = torch.library.custom_op(
+            f"detloss_triton::{name or function.__name__.strip('_')}",
+            function,
+            mutates_args=(),
+            schema=signature,
+        )
         operator.register_fake(fake)
 
         @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""Evaluation of a torch reference inside a compiled graph on a CPU: by what Inductor fuses.
+"""Ops inside a graph compiled for a CPU: by what Inductor fuses.
 
 The reference is one expression over all rows. Losses that are summed find their gradient in
 forward: one loop over the logits instead of two, and backward scales what it finds.
@@ -6,34 +6,37 @@ forward: one loop over the logits instead of two, and backward scales what it fi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import blocks
-from .opaque import opaque
-
-if TYPE_CHECKING:
-    from .op import Call
-
-_Inputs = tuple[Tensor | None, ...]
+from . import cpu
+from .formula import Call, Inputs
+from .operators import opaque
 
 
-def evaluate(call: Call, weight: Tensor | None, inputs: _Inputs) -> Tensor:
+def evaluate(call: Call, weight: Tensor | None, inputs: Inputs) -> Tensor:
     """The losses, differentiable by the inputs that require it."""
+    # Labels are computed once, and not again for each class that they are compared with.
+    inputs = tuple(
+        settled(x) if x is not None and spec.index else x
+        for spec, x in zip(call.op.inputs, inputs, strict=True)
+    )
     differentiated = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in inputs
     )
-    out: Tensor
-    if differentiated and call.few:
-        out = _Few.apply(call, weight, *inputs)
-    elif differentiated and blocks.in_forward(call, inputs):
-        out = _InForward.apply(call, weight, *inputs)
-    else:
-        out = call.whole(weight, *inputs)
-    return out
+    if differentiated and cpu.found_in_forward(call, inputs):
+        out: Tensor = _InForward.apply(call, weight, *inputs)
+        return out
+    return call.whole(weight, *inputs, in_one_loop=True)
+
+
+@opaque("(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape))
+def settled(x: Tensor) -> Tensor:
+    """A copy that Inductor makes, instead of computing x wherever it is used."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 class _InForward(torch.autograd.Function):
@@ -46,7 +49,9 @@ class _InForward(torch.autograd.Function):
         def losses(*leaves: Tensor) -> Tensor:
             given = iter(leaves)
             return call.whole(
-                weight, *(next(given) if w else x for x, w in zip(inputs, wanted, strict=True))
+                weight,
+                *(next(given) if w else x for x, w in zip(inputs, wanted, strict=True)),
+                in_one_loop=True,
             )
 
         leaves = [x for x, w in zip(inputs, wanted, strict=True) if w and x is not None]
@@ -85,46 +90,3 @@ def _scaled(gradient: Tensor, upstream: Tensor, order: list[int]) -> Tensor:
     """Their product, computed along memory: otherwise Inductor would transpose it and back."""
     product = gradient.permute(order) * upstream.permute(order)
     return product.permute([order.index(d) for d in range(len(order))])
-
-
-class _Few(torch.autograd.Function):
-    """Leaves the gradient of few rows to `blocks`, which look for them."""
-
-    @staticmethod
-    def forward(ctx: Any, call: Call, weight: Tensor | None, *inputs: Tensor | None) -> Tensor:
-        ctx.call, ctx.wanted = call, ctx.needs_input_grad[2:]
-        ctx.save_for_backward(weight, *inputs)
-        return call.whole(weight, *inputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *inputs = ctx.saved_tensors
-        call = ctx.call
-        gradients = iter(_row_gradients(call.op.name, weight, inputs, dout, list(ctx.wanted)))
-        return None, None, *(next(gradients) if w else None for w in ctx.wanted)
-
-
-@opaque(
-    "(str op, Tensor? weight, Tensor?[] inputs, Tensor dout, bool[] wanted) -> Tensor[]",
-    lambda op, weight, inputs, dout, wanted: [
-        torch.empty_like(x) for x, w in zip(inputs, wanted, strict=True) if w
-    ],
-)
-def _row_gradients(
-    op: str,
-    weight: Tensor | None,
-    inputs: list[Tensor | None],
-    dout: Tensor,
-    wanted: list[bool],
-) -> list[Tensor]:
-    """Gradients by the inputs wanted of an op without parameters that keeps all rows."""
-    from .op import REGISTRY, Call, RowOp
-
-    row_op = REGISTRY[op]
-    assert isinstance(row_op, RowOp)
-    call = Call(row_op, (), dout.dim(), dout.shape, few=True)
-    # An operator runs below autograd, of which blocks make use.
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
-        found = blocks.backward(call, weight, tuple(inputs), dout, wanted, None)
-    return [g for g in found if g is not None]

@@ -9,15 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import backend, memory
+from detloss_triton import backend
 
-if TYPE_CHECKING:
-    from .op import Call, Input
+from .formula import Call, Input
 
 # Elements a program holds at a time, per input: with 4 warps, 8 in each lane. Twice as many would
 # take 230 registers in the focal loss and leave room for two programs on a multiprocessor.
@@ -63,7 +62,10 @@ def backward(
     wanted: Sequence[bool],
     ready: None,
 ) -> list[Tensor | None]:
-    gradients = memory.wanted_like(memory.empty_like, inputs, wanted)
+    gradients = [
+        torch.empty_like(x) if want and x is not None else None
+        for x, want in zip(inputs, wanted, strict=True)
+    ]
     if math.prod(call.rows) > 0:
         _run(call, weight, inputs, dout.to(torch.float32).contiguous(), gradients)
     return gradients

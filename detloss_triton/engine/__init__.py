@@ -1,0 +1,40 @@
+"""Ops: what one declares, and how it is evaluated.
+
+    @row_loss(Input("pred", features=1, grad=True), Input("target", features=1, grad=True), ...)
+    def giou_loss(pred, target, eps):     # the declaration is the torch reference
+        return 1 - giou(columns(pred), columns(target), eps)
+
+    @giou_loss.triton                     # refused at import if its parameters differ
+    def _(pred, target, eps):             # with the kernel's constants that gpu.py does not know
+        constants = {"LOSS": "giou", "EPS": eps, "OPTION": 0}
+        return Tile(kernels.boxes.overlap_kernel, rows=128, constants=constants)
+
+A row op maps rows of its inputs to one loss each, weighs them and sums all but the leading `keep`
+dimensions; or (`row_map`) to a few values each, which are returned. The registry is what tests,
+`detloss check` and the benchmarks walk.
+"""
+
+from .cpu import slices
+from .dispatch import DirectOp, RowOp, direct, row_loss, row_map
+from .formula import REGISTRY, TOLERANCE, Call, Formula, Input, Sample
+from .gpu import TILE, Tile, power_of_2
+from .operators import opaque
+
+__all__ = [
+    "REGISTRY",
+    "TILE",
+    "TOLERANCE",
+    "Call",
+    "DirectOp",
+    "Formula",
+    "Input",
+    "RowOp",
+    "Sample",
+    "Tile",
+    "direct",
+    "opaque",
+    "power_of_2",
+    "row_loss",
+    "row_map",
+    "slices",
+]

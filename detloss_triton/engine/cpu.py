@@ -1,0 +1,254 @@
+"""Ops on a CPU: in blocks of rows that stay in its caches, and only rows that count.
+
+A loss over 10^7 logits is dominated by its temporaries: each is a pass through memory and its page
+faults. Those of a block live in the cache. Autograd differentiates a block while it is there, so
+that gradients of summed losses are found in forward, and backward only scales them.
+
+To look which rows count costs nothing where the host is the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from detloss_triton.precision import arithmetic_dtype
+
+from .formula import TEMPORARIES, Call, Inputs
+
+# Elements of all temporaries of a block, which stay in cache together. Smaller blocks would spend
+# their time on the fixed cost of some 0.2 ms of small operations.
+ELEMENTS = 2**22
+
+# Elements of the widest input from which on it pays to come here at all.
+MANY = 2**16
+
+Gradients = list[Tensor | None]
+_Index = tuple[int | slice, ...]
+
+
+def pays(inputs: Inputs) -> bool:
+    """Whether evaluation here takes less time than that of the reference as it stands."""
+    return max(x.numel() for x in inputs if x is not None) > MANY
+
+
+def forward(
+    call: Call, weight: Tensor | None, inputs: Inputs, wanted: Sequence[bool]
+) -> tuple[Tensor, Gradients | None]:
+    """The losses; and where they are summed the gradients of their sum, for backward to scale."""
+    at_once = any(wanted) and found_in_forward(call, inputs)
+    gradients = _new(inputs, wanted if at_once else [False] * len(inputs))
+    return _evaluate(call, weight, inputs, gradients, None), gradients if at_once else None
+
+
+def backward(
+    call: Call,
+    weight: Tensor | None,
+    inputs: Inputs,
+    dout: Tensor,
+    wanted: Sequence[bool],
+    found: Gradients | None,
+) -> Gradients:
+    """The gradients. Those that forward found are used up."""
+    summed = (..., *[None] * (len(call.rows) - call.keep))
+    if found is None:
+        upstream = dout if call.op.values else dout[summed].expand(call.rows)
+        found = _new(inputs, wanted)
+        _evaluate(call, weight, inputs, found, upstream)
+    elif not (dout == 1).all():
+        for gradient in found:
+            if gradient is not None:
+                gradient *= dout[(..., *[None] * (gradient.dim() - dout.dim()))]
+    return found
+
+
+def found_in_forward(call: Call, inputs: Inputs) -> bool:
+    """Whether gradients are found with the losses, and scaled by the upstream gradient later.
+
+    Of losses that are summed every row will be asked for its gradient. A loss of each row may be
+    asked for few rows only; and half precision has to see the upstream gradient before it rounds.
+    """
+    half = any(x is not None and x.dtype in (torch.float16, torch.bfloat16) for x in inputs)
+    return call.is_summed and not call.op.values and not half
+
+
+def slices(n: int, width: int) -> Iterator[slice]:
+    """Slices of n rows, each with temporaries of `width` elements, that stay in cache."""
+    step = max(ELEMENTS // max(width * TEMPORARIES, 1), 1)
+    for start in range(0, n, step):
+        yield slice(start, start + step)
+
+
+def _new(inputs: Inputs, wanted: Sequence[bool]) -> Gradients:
+    return [
+        torch.empty_like(x) if want and x is not None else None
+        for x, want in zip(inputs, wanted, strict=True)
+    ]
+
+
+def _blocks(call: Call, inputs: Inputs) -> Iterator[_Index]:
+    """Indices that cut the rows into blocks: whole trailing dimensions of a slice of one."""
+    rows = call.rows
+    if rows.numel() == 0:
+        return
+    most = ELEMENTS // call.op.temporaries
+    width = max(x.numel() for x in inputs if x is not None) // rows.numel()
+    axis = len(rows) - 1
+    while axis > 0 and width * rows[axis] <= most:
+        width *= rows[axis]
+        axis -= 1
+    n_blocks = math.ceil(rows[axis] / max(most // width, 1))
+    step = math.ceil(rows[axis] / n_blocks)
+    for outer in itertools.product(*(range(n) for n in rows[:axis])):
+        for start in range(0, rows[axis], step):
+            yield *outer, slice(start, start + step)
+
+
+def _evaluate(
+    call: Call,
+    weight: Tensor | None,
+    inputs: Inputs,
+    gradients: Gradients,
+    upstream: Tensor | None,
+) -> Tensor:
+    """The losses, unless there is an upstream gradient of rows; writes the gradients wanted."""
+    of_class = _rows_of_class(call, inputs)
+    if of_class is not None:
+        out = _by_block(call, weight, inputs, gradients, upstream, of_class)
+        return out + _some(call, weight, inputs, gradients, upstream, of_class)
+    counts = _rows_that_count(call, weight, upstream)
+    if counts is not None and 2 * int(counts.sum()) < counts.numel():
+        for into in gradients:
+            if into is not None:
+                into.zero_()
+        return _some(call, weight, inputs, gradients, upstream, counts)
+    return _by_block(call, weight, inputs, gradients, upstream)
+
+
+def _rows_of_class(call: Call, inputs: Inputs) -> Tensor | None:
+    """Mask of the rows that have a class, if most have none and there is a short way for those."""
+    named = dict(zip((spec.name for spec in call.op.inputs), inputs, strict=True))
+    label, logits = named.get("label"), inputs[0]
+    if call.op.background is None or label is None or logits is None:
+        return None
+    of_class = (label >= 0) & (label < logits.shape[-1])
+    return of_class if 2 * int(of_class.sum()) < label.numel() else None
+
+
+def _rows_that_count(call: Call, weight: Tensor | None, upstream: Tensor | None) -> Tensor | None:
+    """Mask of the rows with a weight and an upstream gradient; None where all have both."""
+    counts = None
+    if call.op.skip and weight is not None:
+        counts = weight.bool()
+    if upstream is not None:
+        asked = upstream.bool().any(-1) if call.op.values else upstream.bool()
+        counts = asked if counts is None else counts & asked
+    return None if counts is None or counts.all() else counts
+
+
+def _some(
+    call: Call,
+    weight: Tensor | None,
+    inputs: Inputs,
+    gradients: Gradients,
+    upstream: Tensor | None,
+    mask: Tensor,
+) -> Tensor:
+    """What the rows of a mask, of which there are few, add to the losses; writes their gradients.
+
+    In full: to take an entry of background back would leave the rounding error of what cancels.
+    """
+    rows = mask.nonzero(as_tuple=True)
+    picked = [None if x is None else x[rows] for x in (weight, upstream, *inputs)]
+    some = [None if g is None else g.new_empty((len(rows[0]), *g.shape[mask.dim() :]))
+            for g in gradients]  # fmt: skip
+    part = replace(call, keep=1, rows=rows[0].shape)
+    losses = _by_block(part, picked[0], tuple(picked[2:]), some, picked[1])
+    for into, gradient in zip(gradients, some, strict=True):
+        if into is not None and gradient is not None:
+            into[rows] = gradient
+    if upstream is not None:
+        return losses
+    each = losses.new_zeros((*call.rows, *losses.shape[1:]))
+    each[rows] = losses
+    return each.flatten(call.keep).sum(-1) if call.is_summed else each
+
+
+def _by_block(
+    call: Call,
+    weight: Tensor | None,
+    inputs: Inputs,
+    gradients: Gradients,
+    upstream: Tensor | None,
+    left_out: Tensor | None = None,
+) -> Tensor:
+    """As `_evaluate`, of all rows in blocks; with a mask of rows that are left out, the others as
+    background.
+    """
+    out = torch.zeros(call.out_shape, dtype=arithmetic_dtype(*inputs))
+    for index in _blocks(call, inputs):
+        above, without, *block = (
+            None if x is None else x[index].detach() for x in (upstream, left_out, *inputs)
+        )
+        factor = None if weight is None else weight[index].to(out.dtype)
+        into = [None if g is None else g[index] for g in gradients]
+        if without is None:
+            losses = _differentiated(call, factor, above, tuple(block), into)
+        else:
+            losses = _background(call, factor, above, tuple(block), into)
+            losses = losses.masked_fill(without, 0)
+        if upstream is None:
+            cell = out[index[: call.keep]]
+            cell += losses if cell.dim() == losses.dim() else losses.flatten(cell.dim()).sum(-1)
+    return out
+
+
+def _differentiated(
+    call: Call, weight: Tensor | None, upstream: Tensor | None, inputs: Inputs, into: Gradients
+) -> Tensor:
+    """The weighted losses of some rows; their gradients, by autograd, are written."""
+    leaves = [
+        x if g is None or x is None else x.requires_grad_()
+        for x, g in zip(inputs, into, strict=True)
+    ]
+    by = [x for x, g in zip(leaves, into, strict=True) if x is not None and g is not None]
+    with torch.set_grad_enabled(bool(by)):
+        losses = call.each(*leaves)
+        if weight is not None:
+            losses = losses * (weight.unsqueeze(-1) if call.op.values else weight)
+    unused = None
+    if weight is not None and call.op.skip and not weight.all():
+        unused = weight == 0
+    if by:
+        above = torch.ones_like(losses) if upstream is None else upstream.to(losses.dtype)
+        found = iter(torch.autograd.grad(losses, by, above))
+        for gradient in into:
+            if gradient is not None:
+                gradient.copy_(next(found))
+                if unused is not None:
+                    gradient[unused] = 0
+    losses = losses.detach()
+    if unused is None:
+        return losses
+    return losses.masked_fill(unused.unsqueeze(-1) if call.op.values else unused, 0)
+
+
+def _background(
+    call: Call, weight: Tensor | None, upstream: Tensor | None, inputs: Inputs, into: Gradients
+) -> Tensor:
+    """The weighted losses of rows without a class; their gradients are written."""
+    logits, _, _, mask = inputs
+    assert call.op.background is not None and logits is not None
+    entries, slopes = call.op.background(
+        logits.to(arithmetic_dtype(*inputs)), mask, **dict(call.params)
+    )
+    losses = entries.sum(-1)
+    if into[0] is not None:
+        scale = weight if upstream is None else upstream if weight is None else weight * upstream
+        into[0].copy_(slopes if scale is None else slopes.mul_(scale.unsqueeze(-1)))
+    return losses if weight is None else losses * weight

@@ -1,0 +1,181 @@
+"""How an op is called: which evaluator runs it, and how autograd sees it.
+
+- gpu: its Triton kernel; graph: the same, as an operator of a compiled graph
+- cpu: its torch reference, block by block of rows
+- traced: its torch reference, inside a graph compiled for a CPU
+- otherwise the torch reference as it stands: for small inputs, other devices, under torch.func
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detloss_triton import backend
+from detloss_triton.precision import as_indices, as_values
+
+from . import cpu, gpu, graph, traced
+from .formula import TEMPORARIES, Call, Formula, Input, RowFormula, Sample
+
+
+class RowOp(RowFormula):
+    """A loss (or a few values) per row, differentiable by the inputs declared with `grad`.
+
+    Calling it: `op(*inputs, weight=None, keep=0, **params)`.
+
+    Shapes:
+        inputs: (*rows, features) or (*rows,), any strides, any dtype of real numbers; None where
+            optional.
+        weight: (*rows,), as these; factor of each row's loss or values. With `skip`, a row of
+            weight 0 contributes exactly nothing to losses and gradients, whatever it holds.
+        returns: (*rows[:keep],), float32 (float64 for float64 inputs): the weighted losses summed
+            over the remaining row dimensions. `keep = number of row dimensions` sums nothing.
+            A row map returns (*rows, values).
+
+    Raises:
+        ValueError: if inputs disagree in their rows, or one without a gradient requires it.
+    """
+
+    def triton(self, launcher: Callable[..., Any]) -> Callable[..., Any]:
+        super().triton(launcher)
+        graph.declare(self)
+        return launcher
+
+    def __call__(
+        self, *inputs: Tensor | None, weight: Tensor | None = None, keep: int = 0, **params: Any
+    ) -> Tensor:
+        rows = self.check(inputs, weight, keep)
+        inputs = tuple(
+            None if x is None else as_indices(x) if spec.index else as_values(x)
+            for x, spec in zip(inputs, self.inputs, strict=True)
+        )
+        weight = None if weight is None else as_values(weight)
+        call = Call(self, tuple(params.items()), len(rows) if self.values else keep, rows)
+        first = inputs[0]
+        assert first is not None
+        chosen = _chosen(self, first, inputs)
+        if chosen == "torch":
+            if backend.is_transformed() or not backend.is_cpu(first.device):
+                return call.whole(weight, *inputs)
+            if torch.compiler.is_compiling():
+                return traced.evaluate(call, weight, inputs)
+            if not cpu.pays(inputs):
+                return call.whole(weight, *inputs)
+        kernel = graph if torch.compiler.is_compiling() else gpu
+        evaluator: Any = kernel if chosen == "triton" else cpu
+        if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
+            # Cheaper; and where nothing requires a gradient Dynamo misreads a Function's arguments.
+            out, _ = evaluator.forward(call, weight, inputs, [False] * len(inputs))
+            return out
+        return _Evaluated.apply(call, evaluator, weight, *inputs)
+
+
+class _Evaluated(torch.autograd.Function):
+    """Saves the inputs, and the gradients where forward found them: the first backward takes those,
+    and a second one finds them anew. One that is to be differentiated, or is over a batch of
+    upstream gradients, is autograd's.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, evaluator: Any, weight: Tensor | None, *inputs: Tensor | None
+    ) -> Tensor:
+        ctx.call, ctx.evaluator = call, evaluator
+        ctx.save_for_backward(weight, *inputs)
+        out, ctx.found = evaluator.forward(call, weight, inputs, ctx.needs_input_grad[3:])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *inputs = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[3:]
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if again or backend.is_transformed(dout):
+            leaves = [x for x, want in zip(inputs, wanted, strict=True) if want]
+            with torch.enable_grad():
+                out = ctx.call.whole(weight, *inputs)
+            gradients = iter(torch.autograd.grad(out, leaves, dout, create_graph=again))
+            return None, None, None, *(next(gradients) if want else None for want in wanted)
+        found, ctx.found = ctx.found, None
+        gradients = ctx.evaluator.backward(ctx.call, weight, tuple(inputs), dout, wanted, found)
+        return None, None, None, *gradients
+
+
+class DirectOp(Formula):
+    """An op with a shape of its own and no gradient: matching. Its launcher does the launching.
+
+    Reference and launcher take the same tensors and parameters, first the one whose device decides,
+    and return the same tensors.
+    """
+
+    def triton(self, launcher: Callable[..., Any]) -> Callable[..., Any]:
+        return super().triton(graph.as_operator(self, launcher))
+
+    def __call__(self, *tensors: Tensor, **params: Any) -> Any:
+        first = tensors[0]
+        run = self.reference
+        if self.launcher and _chosen(self, first, tensors) == "triton":
+            run = self.launcher
+        elif self.looking and backend.host_sees(first.device):
+            run = self.looking
+        names = self.parameters[len(tensors) :]
+        with torch.no_grad():
+            return run(*(t.detach() for t in tensors), *(params[name] for name in names))
+
+
+def _chosen(op: Formula, first: Tensor, inputs: Sequence[Tensor | None]) -> str:
+    """The backend to run on; "auto" takes torch for what is beyond the kernel, and warns.
+
+    Raises:
+        ValueError: where "triton" was asked for, and the inputs are beyond the kernel; or where
+            they are on several devices, of which a kernel would read unmapped memory.
+    """
+    for x in inputs:
+        if x is not None and x.device != first.device:
+            raise ValueError(
+                f"{op.name}: all tensors must be on one device, got {first.device} and {x.device}"
+            )
+    chosen = backend.choose(first.device, [x.dtype for x in inputs if x is not None])
+    reason = op.beyond(*inputs) if chosen == "triton" else ""
+    if not reason:
+        return chosen
+    if not backend.is_auto():
+        raise ValueError(f"{reason} on the Triton backend")
+    backend.warn_of_torch(first.device, f"{op.name}: {reason.rstrip(',')}", kind=op.name)
+    return "torch"
+
+
+def row_loss(
+    *inputs: Input,
+    samples: Callable[..., Iterator[Sample]],
+    skip: bool = False,
+    by_entry: bool = False,
+    temporaries: int = TEMPORARIES,
+) -> Callable[[Callable[..., Tensor]], RowOp]:
+    """Declare the decorated torch reference as a row loss over `inputs`, its first parameters.
+
+    With `skip`, a row of weight 0 contributes nothing, whatever it holds. With `by_entry`, the
+    reference gives a loss of each entry of the first input. `temporaries` says how many tensors of
+    the widest input's size it holds at a time.
+    """
+    return lambda reference: RowOp(
+        reference, inputs, samples, skip=skip, by_entry=by_entry, temporaries=temporaries
+    )
+
+
+def row_map(
+    *inputs: Input, values: int, samples: Callable[..., Iterator[Sample]], skip: bool = False
+) -> Callable[[Callable[..., Tensor]], RowOp]:
+    """Declare the decorated torch reference as a map from rows of `inputs` to `values` numbers.
+
+    With `skip`, the values of a row of weight 0 are 0, whatever it holds.
+    """
+    return lambda reference: RowOp(reference, inputs, samples, skip=skip, values=values)
+
+
+def direct(*, samples: Callable[..., Iterator[Sample]]) -> Callable[[Callable[..., Any]], DirectOp]:
+    """Declare the decorated torch reference as a direct op."""
+    return lambda reference: DirectOp(reference, samples)

@@ -1,0 +1,253 @@
+"""What an op declares: a torch reference, a launcher of its kernel, and samples, side by side.
+
+Nothing here knows where an op runs: `dispatch` chooses, and the modules beside it evaluate.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detloss_triton.precision import arithmetic_dtype
+
+REGISTRY: dict[str, Formula] = {}
+
+# Largest error allowed to either backend, relative to the largest value, by dtype of the inputs.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+# How many tensors of the widest input's size most references hold at a time.
+TEMPORARIES = 16
+
+Inputs = tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class Input:
+    """One tensor argument of an op: rows, then `features` further dimensions (0 or 1).
+
+    Its entries are values to compute with, of whatever type, or with `index` integers.
+    """
+
+    name: str
+    features: int = 0
+    grad: bool = False
+    optional: bool = False
+    index: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Arguments an op accepts; `weight` and the inputs share their row dimensions."""
+
+    inputs: Inputs
+    params: dict[str, Any] = field(default_factory=dict)
+    weight: Tensor | None = None
+
+
+class Formula:
+    """What the registry holds: name, torch reference, Triton launcher, samples."""
+
+    def __init__(
+        self, reference: Callable[..., Any], samples: Callable[..., Iterator[Any]]
+    ) -> None:
+        self.name = reference.__name__
+        self.reference = reference
+        self.parameters = list(inspect.signature(reference).parameters)
+        self.samples = samples
+        self.launcher: Callable[..., Any] | None = None
+        # On a CPU, where to look at values costs nothing, what is run in place of the reference.
+        self.looking: Callable[..., Any] | None = None
+        # Of the inputs, why a kernel cannot hold them; empty if it can.
+        self.beyond: Callable[..., str] = lambda *inputs: ""
+        self.__doc__ = reference.__doc__
+        if self.name in REGISTRY:
+            raise TypeError(f"op {self.name!r} is declared twice")
+        REGISTRY[self.name] = self
+
+    def triton(self, launcher: Callable[..., Any]) -> Callable[..., Any]:
+        """Register the Triton launcher; it takes exactly the reference's parameters."""
+        self._check_parameters("launcher", launcher)
+        self.launcher = launcher
+        return launcher
+
+    def by_looking(self, looking: Callable[..., Any]) -> Callable[..., Any]:
+        """Register what a CPU runs in place of the reference: it may look at values."""
+        self._check_parameters("looking", looking)
+        self.looking = looking
+        return looking
+
+    def limited(self, beyond: Callable[..., str]) -> Callable[..., str]:
+        """Register what the kernel cannot hold: of the inputs, why not, or an empty string."""
+        self.beyond = beyond
+        return beyond
+
+    def _check_parameters(self, what: str, function: Callable[..., Any]) -> None:
+        ours = list(inspect.signature(function).parameters)
+        if ours != self.parameters:
+            raise TypeError(
+                f"{what} of {self.name!r} takes {ours}, its reference {self.parameters}"
+            )
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}>"
+
+
+class RowFormula(Formula):
+    """A loss, or a few values, of each row of its inputs.
+
+    Args:
+        inputs: the reference's first parameters.
+        skip: a row of weight 0 contributes nothing, whatever it holds.
+        values: how many values a row has; 0 for one loss.
+        by_entry: the reference gives a loss of each entry of the first input; a row's is their sum.
+        temporaries: how many tensors of the widest input's size the reference holds at a time.
+    """
+
+    def __init__(
+        self,
+        reference: Callable[..., Tensor],
+        inputs: tuple[Input, ...],
+        samples: Callable[..., Iterator[Sample]],
+        skip: bool = False,
+        values: int = 0,
+        by_entry: bool = False,
+        temporaries: int = TEMPORARIES,
+    ) -> None:
+        super().__init__(reference, samples)
+        names = self.parameters[: len(inputs)]
+        if names != [spec.name for spec in inputs]:
+            raise TypeError(f"{self.name}: parameters {names} are not the inputs declared")
+        self.inputs = inputs
+        self.skip = skip
+        self.values = values
+        self.by_entry = by_entry
+        self.temporaries = temporaries
+        self.background: Callable[..., tuple[Tensor, Tensor]] | None = None
+
+    def of_background(
+        self, background: Callable[..., tuple[Tensor, Tensor]]
+    ) -> Callable[..., tuple[Tensor, Tensor]]:
+        """Register what a row without a class costs, with its derivative by the first input.
+
+        Given the op's parameters without label and score, (losses, slopes) of each entry. A CPU
+        takes this for all rows but the few that have a class, which halves its work.
+        """
+        self.background = background
+        return background
+
+    def check(self, inputs: Inputs, weight: Tensor | None, keep: int) -> torch.Size:
+        """The row dimensions.
+
+        Raises:
+            ValueError: if inputs disagree in them, one without a gradient requires it, or holds
+                what is no real number, or no integer.
+        """
+        if len(inputs) != len(self.inputs):
+            names = ", ".join(spec.name for spec in self.inputs)
+            raise ValueError(f"{self.name}: expected the inputs ({names}), got {len(inputs)}")
+        rows: torch.Size | None = None
+        for spec, x in zip(self.inputs, inputs, strict=True):
+            if x is None:
+                if not spec.optional:
+                    raise ValueError(f"{self.name}: {spec.name} is required, got None")
+                continue
+            if x.dim() < spec.features:
+                raise ValueError(
+                    f"{self.name}: {spec.name} needs a last dimension, got shape {tuple(x.shape)}"
+                )
+            here = x.shape[: x.dim() - spec.features]
+            if rows is None:
+                rows = here
+            elif here != rows:
+                raise ValueError(
+                    f"{self.name}: {spec.name} has rows {tuple(here)}, expected {tuple(rows)} "
+                    f"as in {self.inputs[0].name}"
+                )
+            if x.is_complex() or (spec.index and x.is_floating_point() and x.numel() > 0):
+                expected = "integers" if spec.index else "real numbers"
+                raise ValueError(f"{self.name}: {spec.name} must hold {expected}, got {x.dtype}")
+            if x.requires_grad and not spec.grad:
+                raise ValueError(
+                    f"{self.name}: no gradient is defined for {spec.name}; detach it first"
+                )
+        assert rows is not None
+        if weight is not None:
+            if weight.shape != rows:
+                raise ValueError(
+                    f"{self.name}: weight has shape {tuple(weight.shape)}, expected {tuple(rows)}"
+                )
+            if weight.requires_grad:
+                raise ValueError(f"{self.name}: no gradient is defined for weight; detach it first")
+        if not 0 <= keep <= len(rows):
+            raise ValueError(f"{self.name}: keep must be in [0, {len(rows)}], got {keep}")
+        return rows
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a row formula: everything about it but its tensors.
+
+    Losses are weighted, and summed but for the leading `keep` dimensions of the `rows`.
+    """
+
+    op: RowFormula
+    params: tuple[tuple[str, Any], ...]
+    keep: int
+    rows: torch.Size
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return (*self.rows[: self.keep], *([self.op.values] if self.op.values else []))
+
+    @property
+    def is_summed(self) -> bool:
+        return self.keep < len(self.rows)
+
+    def reference(self, *inputs: Tensor | None) -> Tensor:
+        """The reference on some of the rows, in float64 where an input is, else in float32."""
+        dtype = arithmetic_dtype(*inputs)
+        return self.op.reference(
+            *(
+                x if x is None or spec.index else x.to(dtype)
+                for spec, x in zip(self.op.inputs, inputs, strict=True)
+            ),
+            **dict(self.params),
+        )
+
+    def each(self, *inputs: Tensor | None) -> Tensor:
+        """The loss, or the values, of each of some rows, not weighted."""
+        losses = self.reference(*inputs)
+        return losses.sum(-1) if self.op.by_entry else losses
+
+    def whole(
+        self, weight: Tensor | None, *inputs: Tensor | None, in_one_loop: bool = False
+    ) -> Tensor:
+        """The losses by one expression over all rows.
+
+        Args:
+            in_one_loop: entries are weighted and summed with their rows, which a compiler makes
+                one loop of; else their sum is weighted, which is fewer operations.
+        """
+        losses = (self.reference if in_one_loop else self.each)(*self._blanked(weight, inputs))
+        n_summed = losses.dim() - self.keep - bool(self.op.values)
+        if weight is not None:
+            missing = losses.dim() - weight.dim()
+            losses = losses * weight[(..., *[None] * missing)].to(losses.dtype)
+        return losses.flatten(self.keep).sum(-1) if n_summed else losses
+
+    def _blanked(self, weight: Tensor | None, inputs: Inputs) -> Inputs:
+        """The inputs, 0 in rows that are skipped: then autograd too finds nothing in them."""
+        if weight is None or not self.op.skip:
+            return inputs
+        unused = weight == 0
+        return tuple(
+            x
+            if x is None or spec.index
+            else x.masked_fill(unused.unsqueeze(-1) if spec.features else unused, 0)
+            for spec, x in zip(self.op.inputs, inputs, strict=True)
+        )

@@ -1,0 +1,105 @@
+"""Kernels in a compiled graph: each op, and its gradient, is an operator that is not looked into.
+
+Dynamo traces no kernel that takes tuples; and an operator runs what an eager step runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import gpu
+from .formula import Call, Formula, Inputs, RowFormula
+from .operators import opaque
+
+# The types that torch's schema language has for parameters.
+_TYPES = {"float": "float", "bool": "bool", "str": "str", "tuple[float, ...]": "float[]"}
+
+# (forward, backward) of each row op.
+_operators: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+
+
+def forward(
+    call: Call, weight: Tensor | None, inputs: Inputs, wanted: Sequence[bool]
+) -> tuple[Tensor, None]:
+    """As `gpu.forward`, by an operator."""
+    run, _ = _operators[call.op.name]
+    return run(weight, *inputs, *_values(call), call.keep), None
+
+
+def backward(
+    call: Call,
+    weight: Tensor | None,
+    inputs: Inputs,
+    dout: Tensor,
+    wanted: Sequence[bool],
+    found: None,
+) -> list[Tensor | None]:
+    """As `gpu.backward`, by an operator."""
+    _, run = _operators[call.op.name]
+    gradients = iter(run(weight, *inputs, *_values(call), call.keep, dout, list(wanted)))
+    return [next(gradients) if want else None for want in wanted]
+
+
+def as_operator(op: Formula, launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """The launcher of an op without rows, an operator of its parameters where a graph calls it."""
+    signature = inspect.signature(op.reference)
+    arguments = [
+        f"{_TYPES.get(p.annotation, p.annotation)} {p.name}" for p in signature.parameters.values()
+    ]
+    n_results = signature.return_annotation.count("Tensor")
+    results = "Tensor" if n_results == 1 else f"({', '.join(['Tensor'] * n_results)})"
+    schema = f"({', '.join(arguments)}) -> {results}"
+    return opaque(schema, op.reference, name=op.name)(launcher)
+
+
+def declare(op: RowFormula) -> None:
+    """Declare the operators of a row op: at its import, as none can be declared in a graph."""
+    n = len(op.inputs)
+    params = list(inspect.signature(op.reference).parameters.values())[n:]
+    arguments = ["Tensor? weight"]
+    arguments += [f"Tensor{'?' * spec.optional} {spec.name}" for spec in op.inputs]
+    arguments += [f"{_TYPES[p.annotation]} {p.name}" for p in params] + ["int keep"]
+    common = ", ".join(arguments)
+
+    def call_of(args: Sequence[Any]) -> tuple[Call, Tensor | None, Inputs]:
+        weight, inputs, values, keep = args[0], tuple(args[1 : n + 1]), args[n + 1 : -1], args[-1]
+        rows = inputs[0].shape[: inputs[0].dim() - op.inputs[0].features]
+        constants = (tuple(v) if isinstance(v, list) else v for v in values)
+        named = tuple(zip((p.name for p in params), constants, strict=True))
+        return Call(op, named, keep, rows), weight, inputs
+
+    def run(*args: Any) -> Tensor:
+        call, weight, inputs = call_of(args)
+        return gpu.forward(call, weight, inputs, [False] * n)[0]
+
+    def run_backward(*args: Any) -> list[Tensor]:
+        *args_of_call, dout, wanted = args
+        call, weight, inputs = call_of(args_of_call)
+        gradients = gpu.backward(call, weight, inputs, dout, wanted, None)
+        return [g for g in gradients if g is not None]
+
+    def like(*args: Any) -> Tensor:
+        call, _, inputs = call_of(args)
+        assert inputs[0] is not None
+        return inputs[0].new_empty(call.out_shape, dtype=torch.float32)
+
+    def gradients_like(*args: Any) -> list[Tensor]:
+        inputs, wanted = args[1 : n + 1], args[-1]
+        return [torch.empty_like(x) for x, want in zip(inputs, wanted, strict=True) if want]
+
+    backward_schema = f"({common}, Tensor dout, bool[] wanted) -> Tensor[]"
+    _operators[op.name] = (
+        opaque(f"({common}) -> Tensor", like, name=op.name)(run),
+        opaque(backward_schema, gradients_like, name=f"{op.name}_backward")(run_backward),
+    )
+
+
+def _values(call: Call) -> list[Any]:
+    """Parameters in the order of the reference."""
+    given = dict(call.params)
+    return [given[name] for name in call.op.parameters[len(call.op.inputs) :]]

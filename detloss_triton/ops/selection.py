@@ -1,0 +1,78 @@
+"""Which rows a loss is of, where their number is known: without asking the device. No gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from detloss_triton.engine import Sample, direct, opaque
+
+
+def _mask_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
+    mask = torch.rand(rows, generator=generator) > 0.6
+    for n in (0, int(mask.sum()), int(mask.sum()) + 2, 1):
+        yield Sample((mask,), {"n": n})
+
+
+@direct(samples=_mask_samples)
+def first_set(mask: Tensor, n: int) -> Tensor:
+    """(n,) indices of the first n entries of a mask (A,) that are set; A where there are fewer."""
+    found: Tensor = _first_set(mask, n)
+    return found
+
+
+@first_set.by_looking
+def _(mask: Tensor, n: int) -> Tensor:
+    found = mask.nonzero().squeeze(1)[:n]
+    return torch.nn.functional.pad(found, (0, n - len(found)), value=len(mask))
+
+
+# Operators, as of a scan or a sort over all anchors Inductor of torch 2.11 makes code for a GPU
+# that does not run.
+@opaque(
+    "(Tensor mask, SymInt n) -> Tensor", lambda mask, n: mask.new_empty((n,), dtype=torch.int64)
+)
+def _first_set(mask: Tensor, n: int) -> Tensor:
+    # The running count of set entries reaches k first at the k-th one.
+    count = mask.to(torch.int32).cumsum(0)
+    rank = torch.arange(1, n + 1, device=mask.device, dtype=count.dtype)
+    return torch.searchsorted(count, rank)
+
+
+def _hardness_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
+    hardness = torch.rand(3, rows, generator=generator)
+    k = torch.tensor([[0], [min(3, rows)], [2 * rows]])
+    yield Sample((hardness, k))
+    yield Sample(((hardness * 4).round(), k // 2))
+
+
+@direct(samples=_hardness_samples)
+def hardest(hardness: Tensor, k: Tensor) -> Tensor:
+    """(N, A) mask of the k (N, 1) largest of each row of hardness (N, A); of equals the first.
+
+    NaN is above all.
+    """
+    taken: Tensor = _hardest(hardness, k)
+    return taken
+
+
+@hardest.by_looking
+def _(hardness: Tensor, k: Tensor) -> Tensor:
+    """By the least of the k, which takes a fifth of the time that a sort of all does."""
+    most = int(k.max()) if k.numel() else 0
+    if 0 < most < hardness.shape[1]:
+        least = hardness.topk(most, dim=1).values.gather(1, (k - 1).clamp(min=0))
+        taken = (hardness >= least) & (k > 0)
+        if (taken.sum(1, keepdim=True) == k).all():
+            return taken
+    # There is a NaN, or there are more equal ones than are taken.
+    return _hardest(hardness, k)
+
+
+@opaque("(Tensor x, Tensor k) -> Tensor", lambda x, k: x.new_empty(x.shape, dtype=torch.bool))
+def _hardest(x: Tensor, k: Tensor) -> Tensor:
+    order = x.sort(dim=1, descending=True, stable=True).indices
+    first = torch.arange(x.shape[1], device=x.device) < k
+    return torch.zeros_like(first).scatter(1, order, first)
