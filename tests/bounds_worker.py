@@ -29,7 +29,7 @@ from torch import Tensor
 from trees import leaves, mapped, mixed
 
 import detloss_triton as dt
-from detloss_triton import backend, op, ops  # noqa: F401  (ops fills the registry)
+from detloss_triton import backend
 from detloss_triton.bench.batches import DENSE as BUILDERS
 from detloss_triton.bench.batches import STRIDES
 from detloss_triton.engine import REGISTRY, Formula, RowOp

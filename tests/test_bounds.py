@@ -15,14 +15,14 @@ import torch
 from machine import CPU, TESTS, environment, needs_gpu
 from test_criteria import made, mixed
 from test_detr import EXTRAS, Inputs, criterion_of
-from test_ops import REGISTRY, ROW_OPS, changed, evaluated, over, samples
+from test_ops import REGISTRY, ROW_OPS, changed, evaluated, new_gradients_by, over, samples
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from trees import mapped
 
-from detloss_triton import Targets, blocks, launch, memory, sum_losses
+from detloss_triton import Targets, sum_losses
 from detloss_triton.bench.batches import DENSE as BUILDERS
-from detloss_triton.engine import Call, Formula, RowOp
+from detloss_triton.engine import Call, Formula, RowOp, cpu, gpu
 
 WORKER = str(TESTS / "bounds_worker.py")
 NAMES = (*REGISTRY, *BUILDERS, "detr", "dfine")
@@ -91,14 +91,13 @@ def test_only_gradients_are_written(
     tested: RowOp, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Inputs and gradients in the midst of NaN: none is read, and none is overwritten."""
-    module, device = (launch, device) if backend == "triton" else (blocks, CPU)
+    module, device = (gpu, device) if backend == "triton" else (cpu, CPU)
     for sample in samples(tested, 23, device):
         rows = torch.Size([23])
         results = []
         for layout in (surrounded, torch.clone):
             inputs = changed(sample, layout)
-            for name in ("empty_like", "zeros_like"):
-                monkeypatch.setattr(memory, name, lambda x, to=layout: to(torch.zeros_like(x)))
+            monkeypatch.setattr(Call, "new_gradients", new_gradients_by(layout))
             call = Call(tested, tuple(sorted(sample.params.items())), 0, rows)
             if tested.values:
                 call = Call(tested, call.params, 1, rows)

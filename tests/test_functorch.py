@@ -15,16 +15,14 @@ from torch import Tensor
 from trees import leaves, mapped
 
 import detloss_triton as dt
-from detloss_triton import blocks, memory
-from detloss_triton.engine import REGISTRY, RowOp
+from detloss_triton.engine import REGISTRY, RowOp, cpu
 
 
 @pytest.fixture(params=["small", "large"], autouse=True)
 def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if request.param == "large":
-        monkeypatch.setattr(blocks, "ELEMENTS", 256)
-        monkeypatch.setattr(blocks, "FEW", 8)
-        monkeypatch.setattr(memory, "_LARGE", 256)
+        monkeypatch.setattr(cpu, "ELEMENTS", 256)
+        monkeypatch.setattr(cpu, "MANY", 8)
     yield
 
 

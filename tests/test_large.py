@@ -15,13 +15,21 @@ import torch
 from fuzzing import NAMES, SET_CRITERIA, Case, case
 from machine import CPU, DEVICE, environment, needs_gpu
 from test_criteria import assert_same
-from test_ops import DIRECT_OPS, ROW_OPS, changed, evaluated, layouts, outputs, over
+from test_ops import (
+    DIRECT_OPS,
+    ROW_OPS,
+    changed,
+    evaluated,
+    layouts,
+    new_gradients_by,
+    outputs,
+    over,
+)
 from torch import Tensor
 
 import detloss_triton as dt
 from detloss_triton import backend as backends
-from detloss_triton import blocks, launch, memory
-from detloss_triton.engine import Call, DirectOp, RowOp
+from detloss_triton.engine import Call, DirectOp, RowOp, cpu, gpu
 
 LVIS_CLASSES = 1203
 # Python names it since 3.13.
@@ -108,13 +116,12 @@ def test_offsets_beyond_2_31_of_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rows or features that far apart, in inputs and gradients, give what compact ones give."""
-    module = launch if backend == "triton" else blocks
+    module = gpu if backend == "triton" else cpu
     for sample in layouts(tested, 6, CPU):
         results = []
         for layout in (lambda x: sparse(x, axis), torch.clone):
             inputs = changed(sample, layout)
-            for name in ("empty_like", "zeros_like"):
-                monkeypatch.setattr(memory, name, lambda x, to=layout: to(torch.zeros_like(x)))
+            monkeypatch.setattr(Call, "new_gradients", new_gradients_by(layout))
             call = Call(tested, tuple(sorted(sample.params.items())), 1, torch.Size([6]))
             results.append(evaluated(module, call, inputs))
         for ours, expected in zip(*results, strict=True):

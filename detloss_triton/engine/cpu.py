@@ -42,7 +42,7 @@ def forward(
 ) -> tuple[Tensor, Gradients | None]:
     """The losses; and where they are summed the gradients of their sum, for backward to scale."""
     at_once = any(wanted) and found_in_forward(call, inputs)
-    gradients = _new(inputs, wanted if at_once else [False] * len(inputs))
+    gradients = call.new_gradients(inputs, wanted if at_once else [False] * len(inputs))
     return _evaluate(call, weight, inputs, gradients, None), gradients if at_once else None
 
 
@@ -55,10 +55,12 @@ def backward(
     found: Gradients | None,
 ) -> Gradients:
     """The gradients. Those that forward found are used up."""
-    summed = (..., *[None] * (len(call.rows) - call.keep))
+    if found is None and found_in_forward(call, inputs):
+        _, found = forward(call, weight, inputs, wanted)
     if found is None:
+        summed = (..., *[None] * (len(call.rows) - call.keep))
         upstream = dout if call.op.values else dout[summed].expand(call.rows)
-        found = _new(inputs, wanted)
+        found = call.new_gradients(inputs, wanted)
         _evaluate(call, weight, inputs, found, upstream)
     elif not (dout == 1).all():
         for gradient in found:
@@ -82,13 +84,6 @@ def slices(n: int, width: int) -> Iterator[slice]:
     step = max(ELEMENTS // max(width * TEMPORARIES, 1), 1)
     for start in range(0, n, step):
         yield slice(start, start + step)
-
-
-def _new(inputs: Inputs, wanted: Sequence[bool]) -> Gradients:
-    return [
-        torch.empty_like(x) if want and x is not None else None
-        for x, want in zip(inputs, wanted, strict=True)
-    ]
 
 
 def _blocks(call: Call, inputs: Inputs) -> Iterator[_Index]:
@@ -119,8 +114,8 @@ def _evaluate(
     """The losses, unless there is an upstream gradient of rows; writes the gradients wanted."""
     of_class = _rows_of_class(call, inputs)
     if of_class is not None:
-        out = _by_block(call, weight, inputs, gradients, upstream, of_class)
-        return out + _some(call, weight, inputs, gradients, upstream, of_class)
+        others = _by_block(call, weight, inputs, gradients, upstream, of_class)
+        return others + _some(call, weight, inputs, gradients, upstream, of_class)
     counts = _rows_that_count(call, weight, upstream)
     if counts is not None and 2 * int(counts.sum()) < counts.numel():
         for into in gradients:
@@ -169,13 +164,11 @@ def _some(
             for g in gradients]  # fmt: skip
     part = replace(call, keep=1, rows=rows[0].shape)
     losses = _by_block(part, picked[0], tuple(picked[2:]), some, picked[1])
+    each = losses.new_zeros((*call.rows, *losses.shape[1:]))
+    each[rows] = losses
     for into, gradient in zip(gradients, some, strict=True):
         if into is not None and gradient is not None:
             into[rows] = gradient
-    if upstream is not None:
-        return losses
-    each = losses.new_zeros((*call.rows, *losses.shape[1:]))
-    each[rows] = losses
     return each.flatten(call.keep).sum(-1) if call.is_summed else each
 
 

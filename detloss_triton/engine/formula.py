@@ -6,7 +6,7 @@ Nothing here knows where an op runs: `dispatch` chooses, and the modules beside 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -239,6 +239,13 @@ class Call:
             missing = losses.dim() - weight.dim()
             losses = losses * weight[(..., *[None] * missing)].to(losses.dtype)
         return losses.flatten(self.keep).sum(-1) if n_summed else losses
+
+    def new_gradients(self, inputs: Inputs, wanted: Sequence[bool]) -> list[Tensor | None]:
+        """Memory for the gradients wanted, in the layouts of the inputs."""
+        return [
+            torch.empty_like(x) if want and x is not None else None
+            for x, want in zip(inputs, wanted, strict=True)
+        ]
 
     def _blanked(self, weight: Tensor | None, inputs: Inputs) -> Inputs:
         """The inputs, 0 in rows that are skipped: then autograd too finds nothing in them."""

@@ -62,10 +62,7 @@ def backward(
     wanted: Sequence[bool],
     ready: None,
 ) -> list[Tensor | None]:
-    gradients = [
-        torch.empty_like(x) if want and x is not None else None
-        for x, want in zip(inputs, wanted, strict=True)
-    ]
+    gradients = call.new_gradients(inputs, wanted)
     if math.prod(call.rows) > 0:
         _run(call, weight, inputs, dout.to(torch.float32).contiguous(), gradients)
     return gradients
