@@ -144,12 +144,12 @@ def _focal_background(logits: Tensor, gamma: float, mask: Tensor | None) -> Tens
     return with_slope(losses, slope, logits)
 
 
-def _tile(logits: Tensor, loss: str, a: float, b: float) -> Tile:
+def _tile(logits: Tensor, loss: str, *constants: float) -> Tile:
     columns = min(power_of_2(logits.shape[-1]), 16)
     return Tile(
         kernels.classes.class_kernel,
         rows=TILE // columns,
-        constants={"LOSS": loss, "A": a, "B": b, "BC": columns},
+        constants={"LOSS": (loss, *map(float, constants)), "BC": columns},
     )
 
 
@@ -163,7 +163,7 @@ def binary_cross_entropy(
 
 @binary_cross_entropy.triton
 def _(logits: Tensor, label: Any, score: Any, mask: Any) -> Tile:
-    return _tile(logits, "bce", 0.0, 0.0)
+    return _tile(logits, "bce")
 
 
 @row_loss(
@@ -196,7 +196,7 @@ def sigmoid_focal(
 
 @sigmoid_focal.triton
 def _(logits: Tensor, label: Any, score: Any, mask: Any, alpha: float, gamma: float) -> Tile:
-    return _tile(logits, "focal", float(alpha), float(gamma))
+    return _tile(logits, "focal", alpha, gamma)
 
 
 @row_loss(
@@ -217,7 +217,7 @@ def quality_focal(
 
 @quality_focal.triton
 def _(logits: Tensor, label: Any, score: Any, mask: Any, beta: float) -> Tile:
-    return _tile(logits, "quality_focal", float(beta), 0.0)
+    return _tile(logits, "quality_focal", beta)
 
 
 @row_loss(
@@ -242,4 +242,4 @@ def varifocal(
 
 @varifocal.triton
 def _(logits: Tensor, label: Any, score: Any, mask: Any, alpha: float, gamma: float) -> Tile:
-    return _tile(logits, "varifocal", float(alpha), float(gamma))
+    return _tile(logits, "varifocal", alpha, gamma)
