@@ -3,12 +3,7 @@
 import triton
 import triton.language as tl
 
-# A column's key orders it among columns of one distance: (its row + 1) above, the column below.
-COLUMN_BITS: tl.constexpr = tl.constexpr(12)
-COLUMN_MASK: tl.constexpr = tl.constexpr(2**12 - 1)
-# What the path is walked by: a column's (row + 1) above, (the previous column + 1) below.
-LINK_BITS: tl.constexpr = tl.constexpr(13)
-LINK_MASK: tl.constexpr = tl.constexpr(2**13 - 1)
+# Above every key, and every key is at least 0.
 NO_KEY: tl.constexpr = tl.constexpr(2**30)
 
 
@@ -26,24 +21,31 @@ def value_at(vector, index):
     return tl.sum(tl.gather(vector, tl.full([1], 0, tl.int32) + index, 0), axis=0)
 
 
-# All but the block: neither counts, strides nor alignment compile the kernel anew.
+# Counts, and what grows with them: a compiled kernel serves problems of any size up to its block,
+# wherever they lie. Triton specialises the elements of a tuple in any case, so the cost is none.
 _RUNTIME = [
     *("p_cost", "p_n_rows", "p_n_cols", "p_column_of_row"),
-    *("s_p", "s_r", "s_c", "n_rows_max", "n_cols_max"),
+    *("s_problem", "s_row", "s_column", "n_rows_max", "n_cols_max"),
 ]
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def assignment_kernel(
     p_cost, p_n_rows, p_n_cols, p_column_of_row,
-    s_p, s_r, s_c, n_rows_max, n_cols_max,
-    LIMIT: tl.constexpr, BC: tl.constexpr,
+    s_problem, s_row, s_column, n_rows_max, n_cols_max,
+    LIMIT: tl.constexpr, COLUMN_BITS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """One problem by shortest augmenting paths (Jonker and Volgenant), its state held by column.
 
     The shorter side is added row by row, so every row finds a free column. No dual of the rows is
     kept: an assigned edge is tight, so that of the row of column j is cost[row, j] - v[j].
+    Columns are counted by COLUMN_BITS bits.
     """
+    # A column's key orders it among columns of one distance: (its row + 1) above, the column below.
+    COLUMN_MASK: tl.constexpr = (1 << COLUMN_BITS) - 1
+    # What the path is walked by: a column's (row + 1) above, (the previous column + 1) below.
+    LINK_BITS: tl.constexpr = COLUMN_BITS + 1
+    LINK_MASK: tl.constexpr = (1 << LINK_BITS) - 1
     problem = tl.program_id(0).to(tl.int64)
     n_rows = tl.load(p_n_rows + problem).to(tl.int32)
     n_cols = tl.load(p_n_cols + problem).to(tl.int32)
@@ -52,12 +54,12 @@ def assignment_kernel(
     swapped = n_rows > n_cols
     n_short = tl.where(swapped, n_cols, n_rows)
     n_long = tl.where(swapped, n_rows, n_cols)
-    s_short = tl.where(swapped, s_c, s_r)
-    s_long = tl.where(swapped, s_r, s_c)
+    s_short = tl.where(swapped, s_column, s_row)
+    s_long = tl.where(swapped, s_row, s_column)
 
     column = tl.arange(0, BC)
     m_column = column < n_long
-    p_problem = p_cost + problem * s_p
+    p_problem = p_cost + problem * s_problem
     p_columns = p_problem + column.to(tl.int64) * s_long  # [BC]
     inf = float("inf")
     v = tl.full([BC], 0.0, tl.float64)

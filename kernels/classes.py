@@ -9,79 +9,67 @@ import triton
 import triton.language as tl
 
 from .math import bce_and_grad, focal_and_grad, quality_focal_and_grad, varifocal_and_grad
-from .rows import put_losses, rows_of_program, upstream
+from .rows import (
+    COUNTS,
+    load,
+    load_rows,
+    put_losses,
+    row_pointers,
+    rows_of_program,
+    tile_pointers,
+    upstream,
+)
 
 
 @triton.jit
-def loss_and_grad(x, t, is_label, LOSS: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    if LOSS == "bce":
+def loss_and_grad(x, t, is_label, LOSS: tl.constexpr):
+    """Of the LOSS (name, its constants...)."""
+    if LOSS[0] == "bce":
         return bce_and_grad(x, t)
-    elif LOSS == "focal":
-        return focal_and_grad(x, t, A, B)
-    elif LOSS == "quality_focal":
-        return quality_focal_and_grad(x, t, A)
-    elif LOSS == "varifocal":
-        return varifocal_and_grad(x, t, is_label, A, B)
+    elif LOSS[0] == "focal":
+        return focal_and_grad(x, t, LOSS[1], LOSS[2])
+    elif LOSS[0] == "quality_focal":
+        return quality_focal_and_grad(x, t, LOSS[1])
+    elif LOSS[0] == "varifocal":
+        return varifocal_and_grad(x, t, is_label, LOSS[1], LOSS[2])
     else:
         tl.static_assert(False, "no branch for this LOSS")
 
 
-@triton.jit(do_not_specialize=["n_segment", "n_blocks", "n_inner"])
+@triton.jit(do_not_specialize=COUNTS)
 def class_kernel(
-    p_logits, p_label, p_score, p_mask, p_weight, p_out, p_dout, p_dlogits,
-    s_logits_o, s_logits_i, s_logits_f, s_label_o, s_label_i, s_score_o, s_score_i,
-    s_mask_o, s_mask_i, s_mask_f, s_weight_o, s_weight_i,
-    s_dlogits_o, s_dlogits_i, s_dlogits_f,
+    logits, label, score, mask, weight, p_out, p_dout, dlogits,
     n_segment, n_blocks, n_inner, n_features,
-    HAS_LABEL: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, BACKWARD: tl.constexpr, EACH: tl.constexpr, GROUP: tl.constexpr,
-    WIDE: tl.constexpr, BR: tl.constexpr, LOSS: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    BC: tl.constexpr,
+    EACH: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr,
+    LOSS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Without a label every class of the row has the row's score as its target."""
-    segment, outer, inner, row, m_row = rows_of_program(
-        n_segment, n_blocks, n_inner, GROUP, WIDE, BR
-    )
-    score = tl.full([BR], 1.0, tl.float32)
-    if HAS_SCORE:
-        o_score = outer * s_score_o + inner * s_score_i
-        score = tl.load(p_score + o_score, mask=m_row, other=0.0).to(tl.float32)
-    weight = tl.full([BR], 1.0, tl.float32)
-    if HAS_WEIGHT:
-        o_weight = outer * s_weight_o + inner * s_weight_i
-        weight = tl.load(p_weight + o_weight, mask=m_row, other=0.0).to(tl.float32)
-    if HAS_LABEL:
-        o_label = outer * s_label_o + inner * s_label_i
-        label = tl.load(p_label + o_label, mask=m_row, other=-1)
-        is_class = (label >= 0) & (label < n_features)
-        label = tl.where(is_class, label.to(tl.int32), -1)
-    if BACKWARD:
-        weight = weight * upstream(p_dout, segment, row, m_row, EACH)
-    o_logits = outer * s_logits_o + inner * s_logits_i
-    o_mask = outer * s_mask_o + inner * s_mask_i
-    o_dlogits = outer * s_dlogits_o + inner * s_dlogits_i
+    segment, row, at, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, WIDE, BR)
+    target = load_rows(score, at, m_row, 1.0)
+    scale = load_rows(weight, at, m_row, 1.0)
+    if label is not None:
+        index = tl.load(row_pointers(label, at), mask=m_row, other=-1)
+        is_class = (index >= 0) & (index < n_features)
+        index = tl.where(is_class, index.to(tl.int32), -1)
+    if p_dout is not None:
+        scale *= upstream(p_dout, segment, row, m_row, EACH)
     total = tl.zeros([BR], tl.float32)
     for start in range(0, n_features, BC):
         column = start + tl.arange(0, BC)
         m_tile = m_row[:, None] & (column < n_features)[None, :]
         column = column.to(tl.int64)
-        x = tl.load(
-            p_logits + o_logits[:, None] + (column * s_logits_f)[None, :], mask=m_tile, other=0.0
-        ).to(tl.float32)  # [BR, BC]
+        x = load(tile_pointers(logits, at, column), m_tile)  # [BR, BC]
         is_label = m_tile
-        if HAS_LABEL:
-            is_label = column[None, :] == label[:, None]
-        t = tl.where(is_label, score[:, None], 0.0)
-        loss, dx = loss_and_grad(x, t, is_label, LOSS, A, B)
-        scale = tl.where(m_tile, weight[:, None], 0.0)
-        if HAS_MASK:
-            scale *= tl.load(
-                p_mask + o_mask[:, None] + (column * s_mask_f)[None, :], mask=m_tile, other=0.0
-            ).to(tl.float32)
-        if BACKWARD:
-            p_tile = p_dlogits + o_dlogits[:, None] + (column * s_dlogits_f)[None, :]
-            tl.store(p_tile, (scale * dx).to(p_dlogits.dtype.element_ty), mask=m_tile)
+        if label is not None:
+            is_label = column[None, :] == index[:, None]
+        t = tl.where(is_label, target[:, None], 0.0)
+        loss, dx = loss_and_grad(x, t, is_label, LOSS)
+        factor = tl.where(m_tile, scale[:, None], 0.0)
+        if mask is not None:
+            factor *= load(tile_pointers(mask, at, column), m_tile)
+        if p_dout is None:
+            total += tl.sum(tl.where(m_tile, factor * loss, 0.0), axis=1)
         else:
-            total += tl.sum(tl.where(m_tile, scale * loss, 0.0), axis=1)
-    if not BACKWARD:
+            tl.store(tile_pointers(dlogits, at, column), factor * dx, mask=m_tile)
+    if p_dout is None:
         put_losses(p_out, total, row, m_row, EACH)

@@ -1,16 +1,20 @@
 """Pointer-free device functions `<name>_and_grad`: values in, (loss, gradients...) out, in float32.
 
-Each is the twin of one torch reference in `detloss_triton/ops`. A caller that drops a result pays
-nothing for it: the compiler removes what is unused. Ties of a minimum or maximum give half of the
-gradient to each side, as torch does. Only what every Triton target has is used: no libdevice.
+Each is the twin of one torch reference in `detloss_triton/ops`. A box is a tuple (x1, y1, x2, y2),
+and so is a gradient by one; an interval is (low, high). A caller that drops a result pays nothing
+for it: the compiler removes what is unused. Ties of a minimum or maximum give half of the gradient
+to each side, as torch does. Only what every Triton target has is used: no libdevice.
 """
+
+import math
 
 import triton
 import triton.language as tl
 
-FOUR_OVER_PI_SQUARED: tl.constexpr = tl.constexpr(0.4052847345693511)
-# Under the plain IoU, as in ops/regression.py, which works without Triton.
-UNION_EPS: tl.constexpr = tl.constexpr(1e-6)
+FOUR_OVER_PI_SQUARED: tl.constexpr = tl.constexpr(4 / math.pi**2)
+HALF_PI: tl.constexpr = tl.constexpr(math.pi / 2)
+QUARTER_PI: tl.constexpr = tl.constexpr(math.pi / 4)
+TAN_EIGHTH_PI: tl.constexpr = tl.constexpr(math.sqrt(2) - 1)
 
 
 @triton.jit
@@ -91,16 +95,16 @@ def varifocal_and_grad(x, t, is_label, ALPHA: tl.constexpr, GAMMA: tl.constexpr)
 
 
 @triton.jit
-def l1_and_grad(d):
-    return tl.abs(d), tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d * 0.0))
+def l1_and_grad(x):
+    return tl.abs(x), tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x * 0.0))
 
 
 @triton.jit
-def smooth_l1_and_grad(d, BETA: tl.constexpr):
-    size, sign = l1_and_grad(d)
+def smooth_l1_and_grad(x, BETA: tl.constexpr):
+    size, sign = l1_and_grad(x)
     near = size < BETA
-    loss = tl.where(near, 0.5 * d * d / BETA, size - 0.5 * BETA)
-    return loss, tl.where(near, d / BETA, sign)
+    loss = tl.where(near, 0.5 * x * x / BETA, size - 0.5 * BETA)
+    return loss, tl.where(near, x / BETA, sign)
 
 
 @triton.jit
@@ -130,44 +134,103 @@ def atan(x):
     size = tl.abs(x)
     steep = size > 1.0
     z = tl.where(steep, 1.0 / tl.where(steep, size, 1.0), size)
-    upper = z > 0.4142135623730950
+    upper = z > TAN_EIGHTH_PI
     z = tl.where(upper, (z - 1.0) / (z + 1.0), z)
     s = z * z
     y = 8.05374449538e-2 * s - 1.38776856032e-1
     y = (y * s + 1.99777106478e-1) * s - 3.33329491539e-1
     y = y * s * z + z
-    y = tl.where(upper, y + 0.7853981633974483, y)
-    y = tl.where(steep, 1.5707963267948966 - y, y)
+    y = tl.where(upper, y + QUARTER_PI, y)
+    y = tl.where(steep, HALF_PI - y, y)
     return tl.where(x < 0, -y, y)
 
 
 @triton.jit
-def overlap_1d(p1, p2, t1, t2):
-    """Overlap of [p1, p2] and [t1, t2], clamped at 0; its derivatives by p1, p2, t1, t2."""
-    low, by_p1 = larger(p1, t1)
-    high, by_p2 = smaller(p2, t2)
-    width, clear = at_least(high - low, 0.0)
-    return width, -by_p1 * clear, by_p2 * clear, (by_p1 - 1.0) * clear, (1.0 - by_p2) * clear
+def xs(box):
+    """The interval that a box covers in x."""
+    return box[0], box[2]
 
 
 @triton.jit
-def hull_1d(p1, p2, t1, t2):
-    """Length of the smallest interval around both; its derivatives by p1, p2, t1, t2."""
-    low, by_p1 = smaller(p1, t1)
-    high, by_p2 = larger(p2, t2)
-    return high - low, -by_p1, by_p2, by_p1 - 1.0, 1.0 - by_p2
+def ys(box):
+    return box[1], box[3]
 
 
 @triton.jit
-def iou_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS: tl.constexpr, ADD_EPS: tl.constexpr):
+def size(box):
+    """(width, height)."""
+    return box[2] - box[0], box[3] - box[1]
+
+
+@triton.jit
+def corners(box):
+    """Of a box cxcywh."""
+    x, y, w, h = box
+    return x - 0.5 * w, y - 0.5 * h, x + 0.5 * w, y + 0.5 * h
+
+
+@triton.jit
+def added(a, b):
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
+
+
+@triton.jit
+def times(box, factor):
+    return box[0] * factor, box[1] * factor, box[2] * factor, box[3] * factor
+
+
+@triton.jit
+def masked(box, mask):
+    """0 where masked."""
+    return (
+        tl.where(mask, box[0], 0.0),
+        tl.where(mask, box[1], 0.0),
+        tl.where(mask, box[2], 0.0),
+        tl.where(mask, box[3], 0.0),
+    )
+
+
+@triton.jit
+def by_extents(by_w, w_by_x, by_h, h_by_y):
+    """By a box, a function of a width and a height, which depend on its interval in x and in y."""
+    return by_w * w_by_x[0], by_h * h_by_y[0], by_w * w_by_x[1], by_h * h_by_y[1]
+
+
+@triton.jit
+def by_size(by_w, by_h):
+    """By a box, a function of its own width and height."""
+    return by_extents(by_w, (-1.0, 1.0), by_h, (-1.0, 1.0))
+
+
+@triton.jit
+def overlap_1d(p, t):
+    """Overlap of two intervals, clamped at 0; its derivatives by p and by t."""
+    low, by_p1 = larger(p[0], t[0])
+    high, by_p2 = smaller(p[1], t[1])
+    length, clear = at_least(high - low, 0.0)
+    return length, (-by_p1 * clear, by_p2 * clear), ((by_p1 - 1.0) * clear, (1.0 - by_p2) * clear)
+
+
+@triton.jit
+def hull_1d(p, t):
+    """Length of the smallest interval around both; its derivatives by p and by t."""
+    low, by_p1 = smaller(p[0], t[0])
+    high, by_p2 = larger(p[1], t[1])
+    return high - low, (-by_p1, by_p2), (by_p1 - 1.0, 1.0 - by_p2)
+
+
+@triton.jit
+def iou_and_grad(p, t, EPS: tl.constexpr, ADD_EPS: tl.constexpr):
     """(IoU, union, d IoU by the intersection, d IoU by an area, whether the union is its own).
 
     The union has EPS added (`ADD_EPS`), or is at least EPS.
     """
-    w, _, _, _, _ = overlap_1d(px1, px2, tx1, tx2)
-    h, _, _, _, _ = overlap_1d(py1, py2, ty1, ty2)
+    w, _, _ = overlap_1d(xs(p), xs(t))
+    h, _, _ = overlap_1d(ys(p), ys(t))
     inter = w * h
-    total = (px2 - px1) * (py2 - py1) + (tx2 - tx1) * (ty2 - ty1) - inter
+    p_w, p_h = size(p)
+    t_w, t_h = size(t)
+    total = p_w * p_h + t_w * t_h - inter
     if ADD_EPS:
         union = total + EPS
         clear = 1.0
@@ -179,35 +242,23 @@ def iou_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS: tl.constexpr, ADD_
 
 
 @triton.jit
-def area_chain(px1, py1, px2, py2, tx1, ty1, tx2, ty2, by_inter, by_area):
-    """Gradients by the 8 coordinates of a function of the intersection and the sum of the areas."""
-    w, wp1, wp2, wt1, wt2 = overlap_1d(px1, px2, tx1, tx2)
-    h, hp1, hp2, ht1, ht2 = overlap_1d(py1, py2, ty1, ty2)
-    pw = (px2 - px1) * by_area
-    ph = (py2 - py1) * by_area
-    tw = (tx2 - tx1) * by_area
-    th = (ty2 - ty1) * by_area
-    w = w * by_inter
-    h = h * by_inter
+def area_chain(p, t, by_inter, by_area):
+    """By p and by t, a function of their intersection and of the sum of their areas."""
+    w, w_by_p, w_by_t = overlap_1d(xs(p), xs(t))
+    h, h_by_p, h_by_t = overlap_1d(ys(p), ys(t))
+    p_w, p_h = size(p)
+    t_w, t_h = size(t)
+    by_w = h * by_inter
+    by_h = w * by_inter
     return (
-        h * wp1 - ph,
-        w * hp1 - pw,
-        h * wp2 + ph,
-        w * hp2 + pw,
-        h * wt1 - th,
-        w * ht1 - tw,
-        h * wt2 + th,
-        w * ht2 + tw,
+        added(by_extents(by_w, w_by_p, by_h, h_by_p), by_size(p_h * by_area, p_w * by_area)),
+        added(by_extents(by_w, w_by_t, by_h, h_by_t), by_size(t_h * by_area, t_w * by_area)),
     )
 
 
 @triton.jit
-def iou_loss_and_grad(
-    px1, py1, px2, py2, tx1, ty1, tx2, ty2, MODE: tl.constexpr, EPS: tl.constexpr
-):
-    iou, _, by_inter, by_area, _ = iou_and_grad(
-        px1, py1, px2, py2, tx1, ty1, tx2, ty2, UNION_EPS, False
-    )
+def iou_loss_and_grad(p, t, UNION_EPS: tl.constexpr, EPS: tl.constexpr, MODE: tl.constexpr):
+    iou, _, by_inter, by_area, _ = iou_and_grad(p, t, UNION_EPS, False)
     iou, clear = at_least(iou, EPS)
     if MODE == "log":
         loss = -tl.log(iou)
@@ -218,88 +269,71 @@ def iou_loss_and_grad(
     else:
         loss = 1.0 - iou
         slope = -clear
-    a, b, c, d, e, f, g, h = area_chain(
-        px1, py1, px2, py2, tx1, ty1, tx2, ty2, slope * by_inter, slope * by_area
-    )
-    return loss, a, b, c, d, e, f, g, h
+    dp, dt = area_chain(p, t, slope * by_inter, slope * by_area)
+    return loss, dp, dt
 
 
 @triton.jit
-def giou_loss_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS: tl.constexpr):
-    iou, union, by_inter, by_area, clear = iou_and_grad(
-        px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS, False
-    )
-    raw_w, wp1, wp2, wt1, wt2 = hull_1d(px1, px2, tx1, tx2)
-    raw_h, hp1, hp2, ht1, ht2 = hull_1d(py1, py2, ty1, ty2)
-    w, w_clear = at_least(raw_w, 0.0)
-    h, h_clear = at_least(raw_h, 0.0)
+def giou_loss_and_grad(p, t, EPS: tl.constexpr):
+    iou, union, by_inter, by_area, clear = iou_and_grad(p, t, EPS, False)
+    w, w_by_p, w_by_t = hull_1d(xs(p), xs(t))
+    h, h_by_p, h_by_t = hull_1d(ys(p), ys(t))
+    w, w_clear = at_least(w, 0.0)
+    h, h_clear = at_least(h, 0.0)
     hull, hull_clear = at_least(w * h, EPS)
     loss = 1.0 - iou + (hull - union) / hull
     # d loss = -d iou - d union / hull + union / hull^2 d hull
-    a, b, c, d, e, f, g, i = area_chain(
-        px1, py1, px2, py2, tx1, ty1, tx2, ty2,
-        clear / hull - by_inter, -clear / hull - by_area,
-    )  # fmt: skip
+    dp, dt = area_chain(p, t, clear / hull - by_inter, -clear / hull - by_area)
     by_hull = union / hull / hull * hull_clear
-    w = w * h_clear * by_hull
-    h = h * w_clear * by_hull
+    by_w = h * w_clear * by_hull
+    by_h = w * h_clear * by_hull
     return (
         loss,
-        a + h * wp1,
-        b + w * hp1,
-        c + h * wp2,
-        d + w * hp2,
-        e + h * wt1,
-        f + w * ht1,
-        g + h * wt2,
-        i + w * ht2,
+        added(dp, by_extents(by_w, w_by_p, by_h, h_by_p)),
+        added(dt, by_extents(by_w, w_by_t, by_h, h_by_t)),
     )
 
 
 @triton.jit
-def centre_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS: tl.constexpr):
-    """Squared centre distance over the squared hull diagonal (plus EPS), and its 8 derivatives."""
-    sx = px1 + px2 - tx1 - tx2
-    sy = py1 + py2 - ty1 - ty2
-    w, wp1, wp2, wt1, wt2 = hull_1d(px1, px2, tx1, tx2)
-    h, hp1, hp2, ht1, ht2 = hull_1d(py1, py2, ty1, ty2)
+def centre_and_grad(p, t, EPS: tl.constexpr):
+    """Squared centre distance over squared hull diagonal (plus EPS), its derivatives by p and t."""
+    x = p[0] + p[2] - t[0] - t[2]
+    y = p[1] + p[3] - t[1] - t[3]
+    w, w_by_p, w_by_t = hull_1d(xs(p), xs(t))
+    h, h_by_p, h_by_t = hull_1d(ys(p), ys(t))
     diagonal = w * w + h * h + EPS
-    ratio = (sx * sx + sy * sy) * 0.25 / diagonal
-    sx = 0.5 * sx / diagonal
-    sy = 0.5 * sy / diagonal
-    w = -2.0 * w * ratio / diagonal
-    h = -2.0 * h * ratio / diagonal
+    ratio = (x * x + y * y) * 0.25 / diagonal
+    by_x = 0.5 * x / diagonal
+    by_y = 0.5 * y / diagonal
+    by_w = -2.0 * w * ratio / diagonal
+    by_h = -2.0 * h * ratio / diagonal
     return (
         ratio,
-        sx + w * wp1,
-        sy + h * hp1,
-        sx + w * wp2,
-        sy + h * hp2,
-        w * wt1 - sx,
-        h * ht1 - sy,
-        w * wt2 - sx,
-        h * ht2 - sy,
+        added(by_extents(by_w, w_by_p, by_h, h_by_p), (by_x, by_y, by_x, by_y)),
+        added(by_extents(by_w, w_by_t, by_h, h_by_t), (-by_x, -by_y, -by_x, -by_y)),
     )
 
 
 @triton.jit
-def diou_loss_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS: tl.constexpr):
-    iou, _, by_inter, by_area, _ = iou_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS, True)
-    ratio, a, b, c, d, e, f, g, h = centre_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS)
-    i, j, k, m, n, o, p, q = area_chain(px1, py1, px2, py2, tx1, ty1, tx2, ty2, -by_inter, -by_area)
-    return 1.0 - iou + ratio, a + i, b + j, c + k, d + m, e + n, f + o, g + p, h + q
+def diou_loss_and_grad(p, t, EPS: tl.constexpr):
+    iou, _, by_inter, by_area, _ = iou_and_grad(p, t, EPS, True)
+    ratio, dp, dt = centre_and_grad(p, t, EPS)
+    iou_by_p, iou_by_t = area_chain(p, t, -by_inter, -by_area)
+    return 1.0 - iou + ratio, added(dp, iou_by_p), added(dt, iou_by_t)
 
 
 @triton.jit
-def aspect_and_grad(pw, ph, tw, th, iou, EPS: tl.constexpr, ALPHA_GRAD: tl.constexpr):
-    """alpha v of the CIoU, and its derivatives by (iou, pw, ph, tw, th): widths and heights.
+def aspect_and_grad(p_size, t_size, iou, EPS: tl.constexpr, ALPHA_GRAD: tl.constexpr):
+    """(alpha v of the CIoU, its derivatives by the IoU, by p and by t), sizes (width, height).
 
     v = 4 / pi^2 (atan(pw / ph) - atan(tw / th))^2, alpha = v / (v - iou + 1 + EPS), EPS added to
     the heights. Without ALPHA_GRAD alpha is a constant.
     """
-    ph = ph + EPS
-    th = th + EPS
-    angle = atan(pw / ph) - atan(tw / th)
+    p_w, p_h = p_size
+    t_w, t_h = t_size
+    p_h += EPS
+    t_h += EPS
+    angle = atan(p_w / p_h) - atan(t_w / t_h)
     v = FOUR_OVER_PI_SQUARED * angle * angle
     alpha = v / (v - iou + 1.0 + EPS)
     if ALPHA_GRAD:
@@ -308,34 +342,26 @@ def aspect_and_grad(pw, ph, tw, th, iou, EPS: tl.constexpr, ALPHA_GRAD: tl.const
     else:
         by_iou = 0.0
         by_angle = alpha * (2.0 * FOUR_OVER_PI_SQUARED) * angle
-    p_scale = by_angle / (pw * pw + ph * ph)
-    t_scale = -by_angle / (tw * tw + th * th)
-    return alpha * v, by_iou, ph * p_scale, -pw * p_scale, th * t_scale, -tw * t_scale
+    p_scale = by_angle / (p_w * p_w + p_h * p_h)
+    t_scale = -by_angle / (t_w * t_w + t_h * t_h)
+    dp = by_size(p_h * p_scale, -p_w * p_scale)
+    dt = by_size(t_h * t_scale, -t_w * t_scale)
+    return alpha * v, by_iou, dp, dt
 
 
 @triton.jit
-def ciou_loss_and_grad(
-    px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS: tl.constexpr, ALPHA_GRAD: tl.constexpr
-):
-    iou, _, by_inter, by_area, _ = iou_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS, True)
-    ratio, a, b, c, d, e, f, g, h = centre_and_grad(px1, py1, px2, py2, tx1, ty1, tx2, ty2, EPS)
-    aspect, by_iou, pw, ph, tw, th = aspect_and_grad(
-        px2 - px1, py2 - py1, tx2 - tx1, ty2 - ty1, iou, EPS, ALPHA_GRAD
+def ciou_loss_and_grad(p, t, EPS: tl.constexpr, ALPHA_GRAD: tl.constexpr):
+    iou, _, by_inter, by_area, _ = iou_and_grad(p, t, EPS, True)
+    ratio, dp, dt = centre_and_grad(p, t, EPS)
+    aspect, by_iou, aspect_by_p, aspect_by_t = aspect_and_grad(
+        size(p), size(t), iou, EPS, ALPHA_GRAD
     )
     by_iou = by_iou - 1.0
-    i, j, k, m, n, o, p, q = area_chain(
-        px1, py1, px2, py2, tx1, ty1, tx2, ty2, by_iou * by_inter, by_iou * by_area
-    )
+    iou_by_p, iou_by_t = area_chain(p, t, by_iou * by_inter, by_iou * by_area)
     return (
         1.0 - iou + ratio + aspect,
-        a + i - pw,
-        b + j - ph,
-        c + k + pw,
-        d + m + ph,
-        e + n - tw,
-        f + o - th,
-        g + p + tw,
-        h + q + th,
+        added(added(dp, iou_by_p), aspect_by_p),
+        added(added(dt, iou_by_t), aspect_by_t),
     )
 
 
@@ -356,12 +382,14 @@ def two_bin_and_grad(x, is_left, is_right, weight_left, weight_right):
 
 
 @triton.jit
-def delta_decode_1d(delta, log_ratio, low, high, LIMIT: tl.constexpr, SHIFT: tl.constexpr):
-    """One axis of a box decoded from its deltas: (low, high), d low, d high by (delta, log_ratio).
+def delta_decode_1d(delta, log_ratio, anchor, LIMIT: tl.constexpr, SHIFT: tl.constexpr):
+    """One axis of a box decoded from its deltas: (low, high), then d centre by delta and d high by
+    log_ratio, of which d low is the negative.
 
     |log_ratio| is clamped to LIMIT; where SHIFT > 0 only from above, and the centre moves by SHIFT
     at most.
     """
+    low, high = anchor
     size = high - low
     shift = delta * size
     below = log_ratio < -LIMIT

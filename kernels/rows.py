@@ -1,7 +1,9 @@
-"""How every row-wise kernel finds its rows, and where its sums go.
+"""How a kernel of rows finds its rows, reads and writes them, and where its sums go.
 
-A loss has rows: anchors, queries, box sides. They lie in up to two dimensions (outer, inner), each
-with its own stride in every tensor, so that permuted and broadcast tensors are read in place.
+A loss has rows: anchors, queries, box sides. They lie in up to two dimensions, of which every
+tensor has strides of its own, so that permuted and broadcast tensors are read in place. A tensor is
+a tuple `(pointer, outer stride, inner stride)`, with its stride from feature to feature behind if a
+row has features; None is a tensor that is not given. `at = (outer, inner)` says which rows.
 Rows are summed in segments of `n_segment` consecutive ones (all rows, or one image, or one decoder
 layer); a program takes one block of one segment and writes one partial sum: no atomics.
 """
@@ -9,18 +11,23 @@ layer); a program takes one block of one segment and writes one partial sum: no 
 import triton
 import triton.language as tl
 
+# They differ from step to step, and Triton would compile anew for 1 and for multiples of 16. It
+# does so for the elements of a tuple whatever it is told, hence no tuple of counts.
+COUNTS = ["n_segment", "n_blocks", "n_inner"]
+
 
 @triton.jit
 def rows_of_program(
     n_segment, n_blocks, n_inner, GROUP: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr
 ):
-    """(segment, outer, inner, row, mask) of this program's rows; int64, for 2^31 is not far.
+    """(segment, row, at, mask) of this program's BR rows; int64, for 2^31 is not far.
 
     GROUP is 0 if the rows lie in one dimension; else so many neighbours share their outer index.
     WIDE says that there are more rows than an int32 counts.
     """
     if GROUP > 1:
-        # Says to the compiler what is so anyway: neighbouring rows are then read together.
+        # Changes no count: it tells the compiler that these are multiples of GROUP, so that it may
+        # read neighbouring rows with one load.
         n_segment = n_segment // GROUP * GROUP
         n_inner = n_inner // GROUP * GROUP
     pid = tl.program_id(0).to(tl.int64)
@@ -31,26 +38,65 @@ def rows_of_program(
         outer = row * 0
         inner = row
     else:
-        # One of 64 bits would be a subroutine.
+        # No GPU divides 64-bit integers: what stands in for it takes a hundred instructions.
         outer = ((row if WIDE else row.to(tl.int32)) // n_inner).to(tl.int64)
         inner = row - outer * n_inner
-    return segment, outer, inner, row, local < n_segment
+    return segment, row, (outer, inner), local < n_segment
 
 
 @triton.jit
-def row_weight(p_weight, outer, inner, s_weight_o, s_weight_i, m_row, HAS_WEIGHT: tl.constexpr):
+def row_pointers(tensor, at):
+    """To the first entry of each row."""
+    return tensor[0] + (at[0] * tensor[1] + at[1] * tensor[2])
+
+
+@triton.jit
+def tile_pointers(tensor, at, column):
+    """To some columns of each row, [BR, BC]; int64 columns."""
+    return row_pointers(tensor, at)[:, None] + (column * tensor[3])[None, :]
+
+
+@triton.jit
+def load(pointers, mask):
+    """Values in float32, 0 where masked; without a mask all."""
+    return tl.load(pointers, mask=mask, other=None if mask is None else 0.0).to(tl.float32)
+
+
+@triton.jit
+def load_rows(tensor, at, mask, DEFAULT: tl.constexpr):
+    """A value of each row, 0 where masked; DEFAULT for all if there is no tensor."""
+    if tensor is None:
+        return tl.full(mask.shape, DEFAULT, tl.float32)
+    else:
+        return load(row_pointers(tensor, at), mask)
+
+
+@triton.jit
+def load_box(tensor, at, mask):
+    """The four features of each row."""
+    p = row_pointers(tensor, at)
+    # A stride of 2^30 fits an int32, and thrice it does not.
+    s = tl.cast(tensor[3], tl.int64)
+    return load(p, mask), load(p + s, mask), load(p + 2 * s, mask), load(p + 3 * s, mask)
+
+
+@triton.jit
+def store_box(tensor, at, box, mask):
+    p = row_pointers(tensor, at)
+    s = tl.cast(tensor[3], tl.int64)
+    tl.store(p, box[0], mask=mask)
+    tl.store(p + s, box[1], mask=mask)
+    tl.store(p + 2 * s, box[2], mask=mask)
+    tl.store(p + 3 * s, box[3], mask=mask)
+
+
+@triton.jit
+def row_weight(weight, at, m_row):
     """(weight, mask): a row of weight 0 is not read, so whatever it holds adds exactly nothing."""
-    weight = tl.where(m_row, 1.0, 0.0)
-    if HAS_WEIGHT:
-        o_weight = outer * s_weight_o + inner * s_weight_i
-        weight = tl.load(p_weight + o_weight, mask=m_row, other=0.0).to(tl.float32)
-    return weight, weight != 0.0
-
-
-@triton.jit
-def of_column(column: tl.constexpr, s_f):
-    """The offset of a column; int64, as a stride of 2^30 fits an int32 and thrice it does not."""
-    return tl.full([], column, tl.int64) * s_f
+    scale = tl.where(m_row, 1.0, 0.0)
+    if weight is not None:
+        scale = load(row_pointers(weight, at), m_row)
+    return scale, scale != 0.0
 
 
 @triton.jit

@@ -20,11 +20,11 @@ BLOCK = 8
 def rows_kernel(
     p_outer, p_inner, p_row, n_segment, n_blocks, n_inner, WIDE: tl.constexpr, BR: tl.constexpr
 ):
-    _, outer, inner, row, _ = rows_of_program(n_segment, n_blocks, n_inner, 1, WIDE, BR)
-    at = tl.program_id(0) * BR + tl.arange(0, BR)
-    tl.store(p_outer + at, outer)
-    tl.store(p_inner + at, inner)
-    tl.store(p_row + at, row)
+    _, row, at, _ = rows_of_program(n_segment, n_blocks, n_inner, 1, WIDE, BR)
+    lane = tl.program_id(0) * BR + tl.arange(0, BR)
+    tl.store(p_outer + lane, at[0])
+    tl.store(p_inner + lane, at[1])
+    tl.store(p_row + lane, row)
 
 
 @pytest.mark.usefixtures("kernels")

@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,40 +55,51 @@ class Usage:
     shared: int
 
 
-def constants(kernel: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The launch's constexpr arguments."""
-    return {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr}
-
-
 def source(kernel: Any, arguments: Mapping[str, Any]) -> ASTSource:
     """The specialisation of the kernel that Triton's runtime would choose for the arguments."""
-    signature: dict[str, str] = {}
     constexprs: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
-    for i, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        specialised = not parameter.do_not_specialize
-        if parameter.is_constexpr or (specialised and type(value) is int and value == 1):
-            signature[parameter.name] = "constexpr"
-            constexprs[(i,)] = value
-            continue
+
+    def type_of(value: Any, path: tuple[int, ...], parameter: Any) -> Any:
+        # Elements of a tuple are specialised whatever is said of the parameter.
+        specialised = len(path) > 1 or not parameter.do_not_specialize
+        is_one = specialised and type(value) is int and value == 1
+        if parameter.is_constexpr or value is None or is_one:
+            constexprs[path] = value
+            return "constexpr"
+        if isinstance(value, tuple):
+            return tuple(type_of(x, (*path, i), parameter) for i, x in enumerate(value))
         if isinstance(value, Tensor):
-            signature[parameter.name] = f"*{TYPES[value.dtype]}"
-            aligned = value.data_ptr() % 16 == 0
-        elif isinstance(value, int):
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0
+            kind, address = f"*{TYPES[value.dtype]}", value.data_ptr()
         else:
-            signature[parameter.name] = "fp32"
-            aligned = False
-        if aligned and specialised and not parameter.do_not_specialize_on_alignment:
-            attributes[(i,)] = ALIGNED
+            kind, address = "i32" if -(2**31) <= value < 2**31 else "i64", value
+        if address % 16 == 0 and specialised:
+            attributes[path] = ALIGNED
+        return kind
+
+    signature = {p.name: type_of(arguments[p.name], (i,), p) for i, p in enumerate(kernel.params)}
     return ASTSource(kernel, signature, constexprs, attributes)
 
 
 def options(kernel: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The launch's arguments that are the compiler's: `num_warps` and its like."""
     return {name: value for name, value in arguments.items() if name not in kernel.arg_names}
+
+
+def variant(kernel: Any, arguments: Mapping[str, Any]) -> str:
+    """All that Triton compiles a kernel anew for."""
+    chosen = source(kernel, arguments)
+    specialised = (chosen.signature, chosen.constants, chosen.attrs)
+    return str((kernel.__name__, specialised, options(kernel, arguments)))
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """In a launch's arguments, alone and in tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from tensors(each)
 
 
 def compiled(kernel: Any, arguments: Mapping[str, Any], target: GPUTarget) -> Any:

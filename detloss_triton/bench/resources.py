@@ -180,7 +180,7 @@ def plan(target: str, quick: bool) -> Iterator[Variant]:
 
 def _bytes_per_element(launch: backend.Launch) -> float:
     """Of the tensors that the launch reads or writes, per element of the largest."""
-    tensors = {x.data_ptr(): x for x in launch.arguments.values() if isinstance(x, Tensor)}
+    tensors = {x.data_ptr(): x for x in aot.tensors([*launch.arguments.values()])}
     elements = max(x.numel() for x in tensors.values())
     return sum(map(n_bytes, tensors.values())) / max(elements, 1)
 
@@ -191,15 +191,10 @@ def jobs(targets: tuple[str, ...], quick: bool) -> Iterator[tuple[Row, backend.L
         seen = set()
         for variant in plan(target, quick):
             for launch in variant.launches():
-                arguments = (launch.kernel, launch.arguments)
-                backward = launch.arguments.get("BACKWARD")
-                if quick and target != MAIN and backward is False:
+                backward = launch.arguments.get("p_dout") is not None
+                if quick and target != MAIN and not backward and "p_dout" in launch.arguments:
                     continue
-                source = aot.source(*arguments)
-                types = {k: v for k, v in source.signature.items() if v[0] == "*"}
-                options = aot.options(*arguments)
-                key = str((launch.kernel.__name__, aot.constants(*arguments), options, types))
-                key += str(sorted(source.attrs)) + str(sorted(source.constants))
+                key = aot.variant(launch.kernel, launch.arguments)
                 if key in seen:
                     continue
                 seen.add(key)
@@ -209,7 +204,12 @@ def jobs(targets: tuple[str, ...], quick: bool) -> Iterator[tuple[Row, backend.L
                         "variant": variant.label,
                         "pass": "backward" if backward else "forward",
                         "kernel": launch.kernel.__name__,
-                        "types": sorted(set(types.values())),
+                        "types": sorted(
+                            {
+                                f"*{aot.TYPES[x.dtype]}"
+                                for x in aot.tensors([*launch.arguments.values()])
+                            }
+                        ),
                         "programs": math.prod(launch.grid),
                         "bytes_per_element": round(_bytes_per_element(launch), 2),
                     },

@@ -1,13 +1,14 @@
 """Launching a row loss: strides, segments, block sizes, partial sums. One style for every kernel.
 
-A kernel's arguments are named after its op's inputs: pointers `p_x`, gradients `p_dx`, strides of
-the outer row, inner row and feature dimension `s_x_o`, `s_x_i`, `s_x_f`, flags `HAS_X`, `GRAD_X`.
+A kernel's tensors are named after its op's inputs: each is a tuple of the pointer and its strides,
+as `kernels/rows.py` reads them, and None where it is not given or, like the gradient `dx` of an
+input `x`, not wanted. Losses are written to `p_out`; backward has `p_dout` instead.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from detloss_triton import backend
 
-from .formula import Call, Input
+from .formula import Call, Inputs
 
 # Elements a program holds at a time, per input: with 4 warps, 8 in each lane. Twice as many would
 # take 230 registers in the focal loss and leave room for two programs on a multiprocessor.
@@ -46,21 +47,23 @@ def _neighbours(n_inner: int, n_segment: int) -> int:
 
 
 def forward(
-    call: Call, weight: Tensor | None, inputs: tuple[Tensor | None, ...], wanted: Sequence[bool]
+    call: Call, weight: Tensor | None, inputs: Inputs, wanted: Sequence[bool]
 ) -> tuple[Tensor, None]:
     """The losses, and no gradients: to write them is what costs, and backward does it once."""
     if math.prod(call.rows) == 0:
         return _first(inputs).new_zeros(call.out_shape, dtype=torch.float32), None
-    return _run(call, weight, inputs, None, [None] * len(inputs)), None
+    out = _run(call, weight, inputs, None, [None] * len(inputs))
+    assert out is not None
+    return out, None
 
 
 def backward(
     call: Call,
     weight: Tensor | None,
-    inputs: tuple[Tensor | None, ...],
+    inputs: Inputs,
     dout: Tensor,
     wanted: Sequence[bool],
-    ready: None,
+    found: None,
 ) -> list[Tensor | None]:
     gradients = call.new_gradients(inputs, wanted)
     if math.prod(call.rows) > 0:
@@ -71,11 +74,12 @@ def backward(
 def _run(
     call: Call,
     weight: Tensor | None,
-    inputs: tuple[Tensor | None, ...],
+    inputs: Inputs,
     dout: Tensor | None,
     gradients: list[Tensor | None],
-) -> Tensor:
-    specs, rows = call.op.inputs, call.rows
+) -> Tensor | None:
+    """Forward the losses; backward, where there is `dout`, nothing: the gradients are filled."""
+    rows, first = call.rows, _first(inputs)
     assert call.op.launcher is not None
     tile: Tile = call.op.launcher(*inputs, **dict(call.params))
     n_rows = math.prod(rows)
@@ -83,108 +87,81 @@ def _run(
     n_segment = n_rows if each else math.prod(rows[call.keep :])
     n_blocks = -(-n_segment // tile.rows)
     n_programs = n_rows // n_segment * n_blocks
-    first = _first(inputs)
-    is_partial = not each and n_blocks > 1
-    out = dout
-    if out is None:
-        shape = (*call.out_shape, n_blocks) if is_partial else call.out_shape
-        out = first.new_empty(shape, dtype=torch.float32)
-
-    named: dict[str, Tensor | None] = {"weight": weight}
-    for spec, x, gradient in zip(specs, inputs, gradients, strict=True):
-        named[spec.name] = x
+    tensors = {"weight": weight}
+    for spec, x, gradient in zip(call.op.inputs, inputs, gradients, strict=True):
+        tensors[spec.name] = x
         if spec.grad:
-            named[f"d{spec.name}"] = gradient
-    layout = _layout(rows, [x for x in named.values() if x is not None])
+            tensors[f"d{spec.name}"] = gradient
+    layout = _layout(rows, tensors)
     if layout is None:
         return _run_contiguous(call, weight, inputs, dout, gradients)
-    n_inner, strides = layout
+    n_inner, strided = layout
+    is_partial = not each and n_blocks > 1
+    out = None
+    if dout is None:
+        shape = (*call.out_shape, n_blocks) if is_partial else call.out_shape
+        out = first.new_empty(shape, dtype=torch.float32)
     backend.launch(
         tile.kernel,
         (n_programs,),
         first.device,
-        **_arguments(specs, named, strides, first),
-        # A kernel uses one of the two: `BACKWARD` says which.
+        **strided,
         p_out=out,
-        p_dout=out,
+        p_dout=dout,
         n_segment=n_segment,
         n_blocks=n_blocks,
         n_inner=n_inner,
         n_features=first.shape[-1],
-        BACKWARD=dout is not None,
         EACH=each,
         GROUP=0 if n_inner == n_rows else _neighbours(n_inner, n_segment),
         WIDE=n_rows >= 2**31,
         BR=tile.rows,
         **tile.constants,
     )
-    return out.sum(-1) if dout is None and is_partial else out
-
-
-def _arguments(
-    specs: Sequence[Input],
-    named: dict[str, Tensor | None],
-    strides: Iterable[tuple[int, int]],
-    missing: Tensor,
-) -> dict[str, Any]:
-    """Pointers, strides and flags of the tensors; `missing` stands in for None, and is not read."""
-    present = iter(strides)
-    featured = {s.name for s in specs if s.features} | {f"d{s.name}" for s in specs if s.features}
-    arguments: dict[str, Any] = {"HAS_WEIGHT": named["weight"] is not None}
-    for name, x in named.items():
-        outer, inner = next(present) if x is not None else (0, 0)
-        arguments[f"p_{name}"] = missing if x is None else x
-        arguments[f"s_{name}_o"] = outer
-        arguments[f"s_{name}_i"] = inner
-        if name in featured:
-            arguments[f"s_{name}_f"] = 0 if x is None else x.stride(-1)
-    for spec in specs:
-        if spec.optional:
-            arguments[f"HAS_{spec.name.upper()}"] = named[spec.name] is not None
-    differentiable = [spec.name for spec in specs if spec.grad]
-    if len(differentiable) > 1:
-        for name in differentiable:
-            arguments[f"GRAD_{name.upper()}"] = named[f"d{name}"] is not None
-    return arguments
+    return out.sum(-1) if out is not None and is_partial else out
 
 
 def _run_contiguous(
     call: Call,
     weight: Tensor | None,
-    inputs: tuple[Tensor | None, ...],
+    inputs: Inputs,
     dout: Tensor | None,
     gradients: list[Tensor | None],
-) -> Tensor:
+) -> Tensor | None:
     """Rows in three or more dimensions that no pair of strides can walk: copy, then run."""
-    copies = [None if x is None else x.contiguous() for x in inputs]
+    copies = tuple(None if x is None else x.contiguous() for x in inputs)
     fresh = [
         None if g is None or x is None else torch.empty_like(x)
         for g, x in zip(gradients, copies, strict=True)
     ]
-    weight = None if weight is None else weight.contiguous()
-    out = _run(call, weight, tuple(copies), dout, fresh)
+    out = _run(call, None if weight is None else weight.contiguous(), copies, dout, fresh)
     for g, f in zip(gradients, fresh, strict=True):
         if g is not None and f is not None:
             g.copy_(f)
     return out
 
 
-def _first(inputs: tuple[Tensor | None, ...]) -> Tensor:
+def _first(inputs: Inputs) -> Tensor:
     first = inputs[0]
     assert first is not None
     return first
 
 
-def _layout(rows: torch.Size, tensors: list[Tensor]) -> tuple[int, list[tuple[int, int]]] | None:
-    """(inner size, (outer, inner) strides of each tensor): the rows as two dimensions, or None.
+def _layout(
+    rows: torch.Size, tensors: dict[str, Tensor | None]
+) -> tuple[int, dict[str, tuple[Any, ...] | None]] | None:
+    """(inner size, (tensor, outer, inner, feature strides) of each): rows in two dimensions.
 
-    Neighbouring dimensions merge where every tensor walks both with one stride.
+    Neighbouring dimensions merge where every tensor walks both with one stride. None where more
+    than two are left.
     """
+    present = [x for x in tensors.values() if x is not None]
     dims: list[tuple[int, list[int]]] = []
     for axis, size in enumerate(rows):
-        strides = [x.stride(axis) for x in tensors]
-        if size == 1:
+        # A single row keeps its strides: Triton would compile anew for others.
+        if size == 1 and (dims or axis + 1 < len(rows)):
             continue
+        strides = [x.stride(axis) for x in present]
         if dims and all(a == b * size for a, b in zip(dims[-1][1], strides, strict=True)):
             dims[-1] = (dims[-1][0] * size, strides)
         else:
@@ -192,5 +169,10 @@ def _layout(rows: torch.Size, tensors: list[Tensor]) -> tuple[int, list[tuple[in
     if len(dims) > 2:
         return None
     while len(dims) < 2:
-        dims.insert(0, (1, [0] * len(tensors)))
-    return dims[1][0], list(zip(dims[0][1], dims[1][1], strict=True))
+        dims.insert(0, (1, [0] * len(present)))
+    (_, outer), (n_inner, inner) = dims
+    pairs = zip(outer, inner, strict=True)
+    return n_inner, {
+        name: None if x is None else (x, *next(pairs), *x.stride()[len(rows) :])
+        for name, x in tensors.items()
+    }

@@ -100,10 +100,11 @@ def _(cost: Tensor, n_rows: Tensor, n_cols: Tensor) -> Tensor:
         p_n_rows=n_rows.contiguous(),
         p_n_cols=n_cols.contiguous(),
         p_column_of_row=column_of_row,
-        **dict(zip(("s_p", "s_r", "s_c"), cost.stride(), strict=True)),
+        **dict(zip(("s_problem", "s_row", "s_column"), cost.stride(), strict=True)),
         n_rows_max=n_rows_max,
         n_cols_max=n_cols_max,
         LIMIT=LIMIT,
+        COLUMN_BITS=_MAX_LONG.bit_length() - 1,
         BC=block,
         num_warps=min(block // _COLUMNS_PER_WARP, 16),
     )

@@ -98,12 +98,12 @@ def _background(
     return losses.mul_(scale), slopes
 
 
-def _tile(logits: Tensor, loss: str, a: float, b: float) -> Tile:
+def _tile(logits: Tensor, loss: str, *constants: float) -> Tile:
     columns = min(power_of_2(logits.shape[-1]), 16)
     return Tile(
         kernels.classes.class_kernel,
         rows=TILE // columns,
-        constants={"LOSS": loss, "A": a, "B": b, "BC": columns},
+        constants={"LOSS": (loss, *map(float, constants)), "BC": columns},
     )
 
 
@@ -123,7 +123,7 @@ def _(logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 @binary_cross_entropy.triton
 def _(logits: Tensor, label: Any, score: Any, mask: Any) -> Tile:
-    return _tile(logits, "bce", 0.0, 0.0)
+    return _tile(logits, "bce")
 
 
 @row_loss(
@@ -157,7 +157,7 @@ def _(logits: Tensor, mask: Tensor | None, alpha: float, gamma: float) -> tuple[
 
 @sigmoid_focal.triton
 def _(logits: Tensor, label: Any, score: Any, mask: Any, alpha: float, gamma: float) -> Tile:
-    return _tile(logits, "focal", float(alpha), float(gamma))
+    return _tile(logits, "focal", alpha, gamma)
 
 
 @row_loss(
@@ -181,7 +181,7 @@ def _(logits: Tensor, mask: Tensor | None, beta: float) -> tuple[Tensor, Tensor]
 
 @quality_focal.triton
 def _(logits: Tensor, label: Any, score: Any, mask: Any, beta: float) -> Tile:
-    return _tile(logits, "quality_focal", float(beta), 0.0)
+    return _tile(logits, "quality_focal", beta)
 
 
 @row_loss(
@@ -213,4 +213,4 @@ def _(logits: Tensor, mask: Tensor | None, alpha: float, gamma: float) -> tuple[
 
 @varifocal.triton
 def _(logits: Tensor, label: Any, score: Any, mask: Any, alpha: float, gamma: float) -> Tile:
-    return _tile(logits, "varifocal", float(alpha), float(gamma))
+    return _tile(logits, "varifocal", alpha, gamma)

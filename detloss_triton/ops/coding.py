@@ -70,10 +70,16 @@ def _decode_axis(
 def _(
     deltas: Tensor, anchors: Tensor, means: Any, stds: Any, limit: float, max_shift: float
 ) -> Tile:
-    constants = {f"MEAN_{axis}": float(mean) for axis, mean in zip("XYWH", means, strict=True)}
-    constants |= {f"STD_{axis}": float(std) for axis, std in zip("XYWH", stds, strict=True)}
-    constants |= {"LIMIT": float(limit), "SHIFT": float(max_shift)}
-    return Tile(kernels.boxes.delta_decode_kernel, rows=TILE // 8, constants=constants)
+    return Tile(
+        kernels.boxes.delta_decode_kernel,
+        rows=TILE // 8,
+        constants={
+            "MEANS": tuple(map(float, means)),
+            "STDS": tuple(map(float, stds)),
+            "LIMIT": float(limit),
+            "SHIFT": float(max_shift),
+        },
+    )
 
 
 def _distance_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:

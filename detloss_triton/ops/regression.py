@@ -106,12 +106,8 @@ def _aspect(box: Columns, eps: float) -> Tensor:
     return torch.atan((box[2] - box[0]) / (box[3] - box[1] + eps))
 
 
-def _overlap_tile(loss: str, eps: float, option: Any = 0) -> Tile:
-    return Tile(
-        kernels.boxes.overlap_kernel,
-        rows=TILE // 8,
-        constants={"LOSS": loss, "EPS": eps, "OPTION": option},
-    )
+def _overlap_tile(*loss: Any) -> Tile:
+    return Tile(kernels.boxes.overlap_kernel, rows=TILE // 8, constants={"LOSS": loss})
 
 
 @row_loss(
@@ -134,7 +130,7 @@ def iou_loss(pred: Tensor, target: Tensor, mode: str, eps: float) -> Tensor:
 
 @iou_loss.triton
 def _(pred: Tensor, target: Tensor, mode: str, eps: float) -> Tile:
-    return _overlap_tile("iou", eps, mode)
+    return _overlap_tile("iou", UNION_EPS, eps, mode)
 
 
 @row_loss(*_INPUTS, samples=_box_samples({"eps": 1e-6}), skip=True)
@@ -175,13 +171,13 @@ def _(pred: Tensor, target: Tensor, eps: float, alpha_grad: bool) -> Tile:
     return _overlap_tile("ciou", eps, alpha_grad)
 
 
-def _distance_tile(pred: Tensor, loss: str, beta: float) -> Tile:
+def _distance_tile(pred: Tensor, *loss: Any) -> Tile:
     features = power_of_2(pred.shape[-1])
     return Tile(
         kernels.boxes.distance_kernel,
         # Half a tile: both gradients with 64-bit offsets would spill otherwise on sm_80.
         rows=max(TILE // 2 // features, 1),
-        constants={"LOSS": loss, "BETA": beta, "BF": features},
+        constants={"LOSS": loss, "BF": features},
     )
 
 
@@ -193,7 +189,7 @@ def l1(pred: Tensor, target: Tensor) -> Tensor:
 
 @l1.triton
 def _(pred: Tensor, target: Tensor) -> Tile:
-    return _distance_tile(pred, "l1", 0.0)
+    return _distance_tile(pred, "l1")
 
 
 @row_loss(*_INPUTS, samples=_coordinate_samples({"beta": 1.0}, {"beta": 0.11}), skip=True)
