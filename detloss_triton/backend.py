@@ -11,8 +11,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +18,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+
+from .warn import warn_once
 
 Backend = Literal["auto", "triton", "torch"]
 _BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -57,8 +57,6 @@ def _why_no_compiler() -> str:
 
 
 _no_compiler = _why_no_compiler()
-# Reasons for the torch backend on a GPU that were said already.
-_said: set[str] = set()
 
 _requested: Backend = os.environ.get("DETLOSS_BACKEND", "auto")  # type: ignore[assignment]
 
@@ -95,14 +93,21 @@ def _request(name: Backend) -> None:
     _requested = name
 
 
-def why_not_triton(device: torch.device, dtypes: Sequence[torch.dtype] = ()) -> str:
-    """The reason why Triton kernels cannot run on such tensors; empty if they can."""
+def why_not_triton(
+    device: torch.device, dtypes: Sequence[torch.dtype] = (), hindrance: str = ""
+) -> str:
+    """The reason why Triton kernels cannot run on such tensors; empty if they can.
+
+    Args:
+        dtypes: of the values to compute with.
+        hindrance: what else the caller knows to stand against them.
+    """
     if _no_triton:
         return _no_triton
     if _launches is not None:
         return ""
-    if is_transformed():
-        return "torch.func transforms this call, and no transform looks into a kernel"
+    if hindrance:
+        return hindrance
     if device.type == "cpu" and not _INTERPRETED:
         return "the tensors are on the CPU and TRITON_INTERPRET=1 was not set before the import"
     if device.type != "cpu" and device.type not in _GPU_TYPES:
@@ -115,8 +120,10 @@ def why_not_triton(device: torch.device, dtypes: Sequence[torch.dtype] = ()) -> 
     return ""
 
 
-def choose(device: torch.device, dtypes: Sequence[torch.dtype] = ()) -> Literal["triton", "torch"]:
-    """The backend for tensors on `device`; `dtypes` are those of the values to compute with.
+def choose(
+    device: torch.device, dtypes: Sequence[torch.dtype] = (), hindrance: str = ""
+) -> Literal["triton", "torch"]:
+    """The backend for tensors on `device`, for which see `why_not_triton`.
 
     Where "auto" takes torch on a GPU, it warns.
 
@@ -124,14 +131,14 @@ def choose(device: torch.device, dtypes: Sequence[torch.dtype] = ()) -> Literal[
         RuntimeError: if "triton" was asked for by name and cannot run; it says why.
         ValueError: if DETLOSS_BACKEND names no backend.
     """
-    chosen, reason = _decide(device, dtypes)
+    chosen, reason = _decide(device, dtypes, hindrance)
     if reason:
         warn_of_torch(device, reason)
     return chosen
 
 
 def _decide(
-    device: torch.device, dtypes: Sequence[torch.dtype] = ()
+    device: torch.device, dtypes: Sequence[torch.dtype] = (), hindrance: str = ""
 ) -> tuple[Literal["triton", "torch"], str]:
     """The backend, and why it is not Triton where "auto" would have liked that."""
     check_environment()
@@ -139,7 +146,7 @@ def _decide(
         return "torch", ""
     if _requested == "auto" and device.type == "cpu":
         return "torch", ""
-    reason = why_not_triton(device, dtypes)
+    reason = why_not_triton(device, dtypes, hindrance)
     if not reason:
         return "triton", ""
     if _requested == "triton":
@@ -150,31 +157,12 @@ def _decide(
 def warn_of_torch(device: torch.device, reason: str, kind: str = "") -> None:
     """Warn, once for each kind of reason, that "auto" takes the torch backend on a GPU."""
     if device.type in _GPU_TYPES:
-        _warn_once(reason, kind or reason)
-
-
-def _warn_once(reason: str, kind: str) -> None:
-    if kind in _said:
-        return
-    _said.add(kind)
-    frame = sys._getframe()
-    ours = (__name__.partition(".")[0], "torch")
-    # The line to look at is the caller's of all this, also beyond modules and a compiler at work.
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ours:
-        frame = frame.f_back
-    warnings.warn_explicit(
-        f"detloss_triton computes on a GPU without its Triton kernels: {reason}. Said once for "
-        'each reason, and never where DETLOSS_BACKEND=torch or use_backend("torch") asks for it.',
-        UserWarning,
-        frame.f_code.co_filename,
-        frame.f_lineno,
-        module=frame.f_globals.get("__name__"),
-    )
-
-
-# Called while a graph is traced, not traced itself: as `torch.compiler.assume_constant_result`
-# would have it, which imports the compiler.
-_warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
+        warn_once(
+            f"detloss_triton computes on a GPU without its Triton kernels: {reason}. Said once for "
+            'each reason, and never where DETLOSS_BACKEND=torch or use_backend("torch") asks for '
+            "it.",
+            kind or reason,
+        )
 
 
 def refuse_double(name: str, device: torch.device) -> None:
@@ -193,27 +181,6 @@ def is_auto() -> bool:
 def is_cpu(device: torch.device) -> bool:
     """Whether this is a CPU: the host, whose memory it may look at, and whose caches matter."""
     return device.type == "cpu"
-
-
-def is_transformed(*tensors: torch.Tensor) -> bool:
-    """Whether `torch.func` transforms what runs, or a tensor is a batch that torch hides.
-
-    Ops are then their torch references, which every transform understands: it must see operations
-    on tensors, and neither their memory nor their values.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    functorch = torch._C._functorch
-    return functorch.peek_interpreter_stack() is not None or any(
-        # The batches of `torch.autograd.grad(..., is_grads_batched=True)`.
-        functorch.is_legacy_batchedtensor(x)
-        for x in tensors
-    )
-
-
-def host_sees(device: torch.device) -> bool:
-    """Whether values there may be looked at without waiting: on a CPU, in an eager step."""
-    return is_cpu(device) and not torch.compiler.is_compiling() and not is_transformed()
 
 
 @dataclass(frozen=True)
@@ -250,8 +217,7 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
-    # Inductor guards the device itself, and this module lookup would break the graph.
-    if device.type == "cpu" or torch.compiler.is_compiling():
+    if device.type == "cpu":
         return nullcontext()
     module = torch.get_device_module(device)
     if module.current_device() == device.index:

@@ -26,7 +26,8 @@ from .ops.selection import first_set
 from .precision import arithmetic_dtype, as_indices, at_least_float32
 from .reduction import EPS32, check_reduction, reduced
 from .settings import described
-from .shapes import check_count, check_shapes
+from .shapes import check_shapes
+from .validate import check_count
 
 if TYPE_CHECKING:
     from .vec2box import Vec2Box

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .backend import is_cpu, is_transformed
+from .backend import is_cpu
 from .engine import RowOp
 from .precision import arithmetic_dtype
 
@@ -140,22 +140,8 @@ def unbound(x: Tensor) -> list[Tensor]:
     """The entries of x along its first dimension, each of which may be modified in place.
 
     They take over the memory of x, which nothing else may use any more, so pass a result that was
-    made for this: of `value * factor`, autograd keeps `value`. Backward is one stack.
+    made for this: of `value * factor`, autograd keeps `value`.
     """
-    if torch.compiler.is_compiling() or is_transformed():
-        # What a compiled graph returns is no view to autograd; `torch.func` takes no such Function.
-        return list(x.unbind())
-    entries: tuple[Tensor, ...] = _Unbound.apply(x)
-    return list(entries)
-
-
-class _Unbound(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, ...]:
-        # Autograd refuses to modify a view that is one of several, and a copy of each would be a
-        # launch of each. `data` is the same memory and no view.
-        return tuple(entry.data for entry in x.unbind())
-
-    @staticmethod
-    def backward(ctx: Any, *dentries: Tensor) -> Tensor:
-        return torch.stack(dentries)
+    # Autograd refuses to modify one of several views, of which these make a secret; a copy of each
+    # would be a launch of each, and so would the backward of each `x[i]`.
+    return [entry.squeeze(0) for entry in x.unsafe_split(1)] if len(x) else []

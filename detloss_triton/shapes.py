@@ -11,8 +11,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from . import backend
-
 # Sizes, or names of sizes; `...` in front stands for any number of leading dimensions.
 Dimensions: TypeAlias = "tuple[str | int | EllipsisType, ...]"
 
@@ -73,14 +71,6 @@ def _of(dimensions: Dimensions, sizes: dict[Any, Any]) -> str:
         known += size if isinstance(size, tuple) else [size]
     numbers = ", ".join(map(str, known))
     return f"shape ({names})" + ("" if names == numbers else f" = ({numbers})")
-
-
-def check_count(place: str, name: str, mask: Tensor, counted: str, n: int) -> None:
-    """Raise ValueError unless so many entries of a mask are set, where the host sees it."""
-    if backend.host_sees(mask.device) and (n_set := int(mask.count_nonzero())) != n:
-        raise ValueError(
-            f"{place}: {name} must have as many entries set as {counted} has rows, {n}, got {n_set}"
-        )
 
 
 def check_mapping(place: str, /, **arguments: Any) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .engine import host_sees
+
 _ON, _OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 _asked = os.environ.get("DETLOSS_VALIDATE", "")
 _word = _asked.strip().lower()
@@ -50,6 +52,19 @@ def validation(on: bool) -> ExitStack:
 def _enable(on: bool | None) -> None:
     global _enabled
     _enabled = on
+
+
+def may_read(device: torch.device) -> bool:
+    """Whether to look at values there: validation is on, or the host sees them without waiting."""
+    return enabled() or host_sees(device)
+
+
+def check_count(place: str, name: str, mask: Tensor, counted: str, n: int) -> None:
+    """Raise ValueError unless so many entries of a mask are set, where the host sees it."""
+    if host_sees(mask.device) and (n_set := int(mask.count_nonzero())) != n:
+        raise ValueError(
+            f"{place}: {name} must have as many entries set as {counted} has rows, {n}, got {n_set}"
+        )
 
 
 @dataclass(frozen=True)

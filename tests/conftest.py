@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 
 from machine import DEVICE, TESTS, why_no_interpreter, why_no_kernels
 
-from detloss_triton import use_backend
+from detloss_triton import use_backend, warn
 
 # Tiny work gains nothing from threads, and threads that wait for a busy core lose a lot.
 torch.set_num_threads(1)
@@ -75,6 +75,12 @@ def patched_once() -> Iterator[None]:
 
             patch.setattr(interpreter, "_patch_lang", once)
         yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_said() -> None:
+    """Each test hears the warnings that are said once in a process."""
+    warn._said.clear()
 
 
 @pytest.fixture(scope="session")

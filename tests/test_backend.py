@@ -15,7 +15,7 @@ import torch
 from machine import environment, needs_triton
 
 import detloss_triton
-from detloss_triton import backend, use_backend
+from detloss_triton import backend, use_backend, warn
 from detloss_triton.functional import (
     cross_entropy,
     generalized_box_iou_loss,
@@ -144,7 +144,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     monkeypatch.setattr(backend, "_GPU_TYPES", (*backend._GPU_TYPES, "meta"))
     monkeypatch.setattr(backend, "_INTERPRETED", False)
     monkeypatch.setattr(backend, "_no_compiler", "")
-    monkeypatch.setattr(backend, "_said", set())
     return torch.device("meta")
 
 
@@ -190,7 +189,7 @@ def test_falling_back_on_a_gpu_is_said_once_for_each_reason(
     assert first.filename == __file__
     assert warned(lambda: step(gpu)) == []
 
-    monkeypatch.setattr(backend, "_said", set())
+    warn._said.clear()
     torch._dynamo.reset()
     with use_backend("torch"), warnings.catch_warnings():
         warnings.simplefilter("error")

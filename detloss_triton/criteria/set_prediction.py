@@ -8,17 +8,13 @@ scattered.
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from detloss_triton.backend import host_sees
 from detloss_triton.boxes import cxcywh_to_xyxy
 from detloss_triton.matchers import HungarianMatcher
 from detloss_triton.ops.classification import varifocal
@@ -40,8 +36,10 @@ from detloss_triton.validate import (
     at_most,
     check,
     enabled,
+    may_read,
     no_corners,
 )
+from detloss_triton.warn import warn_once
 
 from .arguments import constants, precision_of
 from .denoising import denoising_map, matched_indices, prepare_positives
@@ -219,7 +217,7 @@ def map_of_indices(
             f"{place}: indices must be a list of pairs (query indices, target indices), or "
             f"{{'indices': the list}}, one for each of {n_images} images, got {came}"
         )
-    if counts is None and (enabled() or host_sees(targets.counts.device)):
+    if counts is None and (may_read(targets.counts.device)):
         counts = counts_of(targets)
     out = targets.labels.new_full((n_images, n_queries + 1), -1, dtype=torch.int64)
     for image, pair in enumerate(pairs):
@@ -231,7 +229,7 @@ def map_of_indices(
             raise ValueError(
                 f"{at} must be of as many queries as targets, got {len(queries)} and {len(chosen)}"
             )
-        if enabled() or host_sees(queries.device):
+        if may_read(queries.device):
             _check_range(f"{at} of queries", queries, n_queries)
             if counts is not None:
                 _check_range(f"{at} of targets", chosen, counts[image])
@@ -329,7 +327,6 @@ class SetCriterion(nn.Module):
         self.alpha = alpha
         self.gamma = gamma
         self.num_classes = num_classes
-        self._warned: set[str] = set()
         self._check_weights()
 
     def extra_repr(self) -> str:
@@ -589,8 +586,6 @@ class SetCriterion(nn.Module):
 
     def _warn_of_unread(self, outputs: Output) -> None:
         """Warn of predictions in the outputs that no loss is computed of."""
-        if torch.compiler.is_compiling():
-            return
         read = [*self.matched_layers, *self.denoising_layers]
         unread = [
             key for key, entry in outputs.items() if key not in read and _holds_predictions(entry)
@@ -602,20 +597,7 @@ class SetCriterion(nn.Module):
             )
 
     def _warn(self, message: str) -> None:
-        """Warn once in the life of a criterion, in the name of the line that called the library."""
-        # A compiled graph holds no warnings; what is constant was said when it was made.
-        if torch.compiler.is_compiling() or message in self._warned:
-            return
-        self._warned.add(message)
-        level, frame = 1, sys._getframe()
-        while frame.f_back and _module_of(frame) in ("torch", "detloss_triton"):
-            level, frame = level + 1, frame.f_back
-        warnings.warn(f"{type(self).__name__}: {message}", stacklevel=level)
-
-
-def _module_of(frame: FrameType) -> str:
-    """The top-level package of a frame's code."""
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        warn_once(f"{type(self).__name__}: {message}")
 
 
 def _holds_predictions(entry: Any) -> bool:

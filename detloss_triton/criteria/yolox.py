@@ -12,13 +12,14 @@ from detloss_triton.ops.selection import first_set
 from detloss_triton.precision import at_least_float32
 from detloss_triton.reduction import as_divisor
 from detloss_triton.settings import described
-from detloss_triton.shapes import check_count, check_shapes
+from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
     FINITE,
     FRACTION,
     POSITIVE,
     XYXY,
     check,
+    check_count,
     enabled,
     exactly,
 )

@@ -18,6 +18,7 @@ from .cpu import slices
 from .dispatch import DirectOp, RowOp, direct, row_loss, row_map
 from .formula import REGISTRY, TOLERANCE, Call, Formula, Input, Sample
 from .gpu import TILE, Tile, power_of_2
+from .modes import host_sees
 from .operators import opaque
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Sample",
     "Tile",
     "direct",
+    "host_sees",
     "opaque",
     "power_of_2",
     "row_loss",

@@ -17,8 +17,10 @@ from torch import Tensor
 from detloss_triton import backend
 from detloss_triton.precision import as_indices, as_values
 
-from . import cpu, gpu, graph, traced
+from . import cpu, gpu, graph, modes, traced
 from .formula import TEMPORARIES, Call, Formula, Input, RowFormula, Sample
+
+_TRANSFORMED = "torch.func transforms this call, and no transform looks into a kernel"
 
 
 class RowOp(RowFormula):
@@ -58,13 +60,13 @@ class RowOp(RowFormula):
         assert first is not None
         chosen = _chosen(self, first, inputs)
         if chosen == "torch":
-            if backend.is_transformed() or not backend.is_cpu(first.device):
+            if modes.is_transformed() or not backend.is_cpu(first.device):
                 return call.whole(weight, *inputs)
-            if torch.compiler.is_compiling():
+            if modes.is_compiling():
                 return traced.evaluate(call, weight, inputs)
             if not cpu.pays(inputs):
                 return call.whole(weight, *inputs)
-        kernel = graph if torch.compiler.is_compiling() else gpu
+        kernel = graph if modes.is_compiling() else gpu
         evaluator: Any = kernel if chosen == "triton" else cpu
         if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
             # Cheaper; and where nothing requires a gradient Dynamo misreads a Function's arguments.
@@ -92,8 +94,8 @@ class _Evaluated(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
-        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if again or backend.is_transformed(dout):
+        again = torch.is_grad_enabled() and not modes.is_compiling()
+        if again or modes.is_transformed(dout):
             leaves = [x for x, want in zip(inputs, wanted, strict=True) if want]
             with torch.enable_grad():
                 out = ctx.call.whole(weight, *inputs)
@@ -119,7 +121,7 @@ class DirectOp(Formula):
         run = self.reference
         if self.launcher and _chosen(self, first, tensors) == "triton":
             run = self.launcher
-        elif self.looking and backend.host_sees(first.device):
+        elif self.looking and modes.host_sees(first.device):
             run = self.looking
         names = self.parameters[len(tensors) :]
         with torch.no_grad():
@@ -138,7 +140,9 @@ def _chosen(op: Formula, first: Tensor, inputs: Sequence[Tensor | None]) -> str:
             raise ValueError(
                 f"{op.name}: all tensors must be on one device, got {first.device} and {x.device}"
             )
-    chosen = backend.choose(first.device, [x.dtype for x in inputs if x is not None])
+    dtypes = [x.dtype for x in inputs if x is not None]
+    hindrance = _TRANSFORMED if modes.is_transformed() else ""
+    chosen = backend.choose(first.device, dtypes, hindrance)
     reason = op.beyond(*inputs) if chosen == "triton" else ""
     if not reason:
         return chosen

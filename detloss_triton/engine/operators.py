@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from detloss_triton import backend
+from . import modes
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -33,7 +33,7 @@ def opaque(signature: str, fake: Callable[..., Any], name: str = "") -> Callable
 
         @functools.wraps(function)
         def call(*args: Any) -> Any:
-            outside = torch.compiler.is_compiling() or backend.is_transformed()
+            outside = modes.is_compiling() or modes.is_transformed()
             return operator(*args) if outside else function(*args)
 
         return call  # type: ignore[return-value]

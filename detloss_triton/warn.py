@@ -1,0 +1,36 @@
+"""Warnings to the user's own line of code, each of them once."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+_said: set[str] = set()
+
+
+def warn_once(message: str, kind: str = "") -> None:
+    """Warn in the name of the line that called the library, once for each kind of message.
+
+    Args:
+        kind: what is said once, by default the message.
+    """
+    if (kind or message) in _said:
+        return
+    _said.add(kind or message)
+    frame = sys._getframe()
+    ours = (__name__.partition(".")[0], "torch")
+    # The line to look at is the caller's of all this, also beyond modules and a compiler at work.
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ours:
+        frame = frame.f_back
+    warnings.warn_explicit(
+        message,
+        UserWarning,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        module=frame.f_globals.get("__name__"),
+    )
+
+
+# Called while a graph is traced, not traced itself: as `torch.compiler.assume_constant_result`
+# would have it, which imports the compiler.
+warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
