@@ -160,11 +160,9 @@ def _floating(boxes: Tensor, like: Tensor | None) -> Tensor:
 
 def padded_index(counts: Sequence[int], width: int, device: torch.device) -> Tensor:
     """(B, width) positions of ragged rows in their concatenation behind a filler; 0 is padding."""
-    index = torch.zeros(len(counts), width, dtype=torch.int64)
-    start = 1
-    for row, count in zip(index, counts, strict=True):
-        row[:count] = torch.arange(start, start + count)
-        start += count
+    count = torch.tensor(counts, dtype=torch.int64).unsqueeze(1)
+    column = torch.arange(1, width + 1)
+    index = (column + count.cumsum(0) - count).masked_fill(column > count, 0)
     return index.to(device, non_blocking=True)
 
 

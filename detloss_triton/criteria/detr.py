@@ -8,22 +8,19 @@ from torch import Tensor
 
 from detloss_triton.reduction import EPS32
 
+from .layer_by_layer import LayerByLayer
+from .matches import Matched, matched_targets
 from .set_prediction import (
     AnyTargets,
-    Indices,
     Layers,
-    Matched,
-    Output,
-    SetCriterion,
     box_losses,
     classification_losses,
     iou_of,
-    matched_targets,
     named_losses,
 )
 
 
-class DetrCriterion(SetCriterion):
+class DetrCriterion(LayerByLayer, ours=True):
     """Losses of RT-DETR (Zhao et al., 2023, https://arxiv.org/abs/2304.08069).
 
     Args:
@@ -90,34 +87,5 @@ class DetrCriterion(SetCriterion):
             values, {**dict.fromkeys(values, 1.0), **self.weight_dict}, layers.suffixes
         )
 
-    def loss_labels_vfl(
-        self,
-        outputs: Output,
-        targets: AnyTargets,
-        indices: Indices,
-        num_boxes: float | Tensor,
-    ) -> dict[str, Tensor]:
-        """Varifocal loss of one layer matched by `indices`, per image (queries, targets)."""
-        return self._some(outputs, targets, indices, num_boxes, "loss_vfl")
-
-    def loss_boxes(
-        self,
-        outputs: Output,
-        targets: AnyTargets,
-        indices: Indices,
-        num_boxes: float | Tensor,
-    ) -> dict[str, Tensor]:
-        """L1 and GIoU losses of one layer matched by `indices`, per image (queries, targets)."""
-        return self._some(outputs, targets, indices, num_boxes, "loss_bbox", "loss_giou")
-
-    def _some(
-        self,
-        outputs: Output,
-        targets: AnyTargets,
-        indices: Indices,
-        num_boxes: float | Tensor,
-        *names: str,
-    ) -> dict[str, Tensor]:
-        layers, found, norm = self._given(outputs, targets, indices, num_boxes)
-        losses = self._losses(layers, found, norm)
-        return {name: losses[name] for name in names}
+    def _of_layer(self, layers: Layers, found: Matched, norm: Tensor) -> dict[str, Tensor]:
+        return self._losses(layers, found, norm)

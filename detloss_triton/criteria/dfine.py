@@ -13,11 +13,11 @@ from detloss_triton.matchers import union_of_matches
 from detloss_triton.ops.distribution import distillation, two_bin
 from detloss_triton.shapes import check_counts, check_numbers
 
+from .layer_by_layer import TEMPERATURE, LocalByLayer
+from .matches import Matched, matched_targets
 from .set_prediction import (
     AnyTargets,
-    Indices,
     Layers,
-    Matched,
     NamedLayers,
     Output,
     SetCriterion,
@@ -25,17 +25,15 @@ from .set_prediction import (
     box_losses,
     classification_losses,
     iou_of,
-    matched_targets,
     named_losses,
 )
 
-_TEMPERATURE = 5.0
 # The distillation's means weigh as the square roots of their sizes, counted per batch of 8.
 _REFERENCE_BATCH = 8
 _SIZE_EPS = 1e-16
 
 
-class DFINECriterion(SetCriterion):
+class DFINECriterion(LocalByLayer, ours=True):
     """Losses of D-FINE (Peng et al., 2024, https://arxiv.org/abs/2410.13842).
 
     Args:
@@ -175,6 +173,16 @@ class DFINECriterion(SetCriterion):
         bins: tuple[Tensor, Tensor] | None,
     ) -> dict[str, Tensor]:
         """Losses of layers of one kind; `balance` is what the distillation's two means weigh."""
+        values, iou = self._values(layers, own, norm, union, union_norm)
+        weights = self.weight_dict
+        losses = named_losses(values, weights, layers.suffixes)
+        iou = iou if own is union else iou_of(layers.boxes, union)
+        return {**losses, **self._local(layers, union, iou, union_norm, balance, bins, weights)}
+
+    def _values(
+        self, layers: Layers, own: Matched, norm: Tensor, union: Matched, union_norm: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """(L,) losses without distributions, unweighted, and the IoU of the own matches."""
         iou = iou_of(layers.boxes, own)
         vfl = classification_losses(layers.logits, iou, own, self.alpha, self.gamma)
         distance, overlap = box_losses(layers.boxes, union)
@@ -183,10 +191,7 @@ class DFINECriterion(SetCriterion):
             "loss_bbox": distance / union_norm,
             "loss_giou": overlap / union_norm,
         }
-        weights = self.weight_dict
-        losses = named_losses(values, weights, layers.suffixes)
-        iou = iou if own is union else iou_of(layers.boxes, union)
-        return {**losses, **self._local(layers, union, iou, union_norm, balance, bins, weights)}
+        return values, iou
 
     def _local(
         self,
@@ -197,7 +202,7 @@ class DFINECriterion(SetCriterion):
         balance: Tensor,
         bins: tuple[Tensor, Tensor] | None,
         weights: Mapping[str, float],
-        temperature: float = _TEMPERATURE,
+        temperature: float = TEMPERATURE,
     ) -> dict[str, Tensor]:
         """Localisation and distillation losses of the layers that have distributions."""
         with_corners = [
@@ -237,87 +242,16 @@ class DFINECriterion(SetCriterion):
             losses.update(named_losses({"loss_ddf": ddf}, weights, suffixes))
         return losses
 
-    def loss_labels_vfl(
-        self,
-        outputs: Output,
-        targets: AnyTargets,
-        indices: Indices,
-        num_boxes: float | Tensor,
+    def _of_layer(self, layers: Layers, found: Matched, norm: Tensor) -> dict[str, Tensor]:
+        values, _ = self._values(layers, found, norm, found, norm)
+        return {name: value.squeeze(0) for name, value in values.items()}
+
+    def _local_of_layer(
+        self, outputs: Output, layers: Layers, found: Matched, norm: Tensor, temperature: float
     ) -> dict[str, Tensor]:
-        """Varifocal loss of one layer matched by `indices`, without its weight."""
-        layers, found, norm = self._given(outputs, targets, indices, num_boxes)
-        iou = iou_of(layers.boxes, found)
-        vfl = classification_losses(layers.logits, iou, found, self.alpha, self.gamma)
-        return {"loss_vfl": (vfl / norm).squeeze(0)}
-
-    def loss_boxes(
-        self,
-        outputs: Output,
-        targets: AnyTargets,
-        indices: Indices,
-        num_boxes: float | Tensor,
-    ) -> dict[str, Tensor]:
-        """L1 and GIoU losses of one layer matched by `indices`, without their weights."""
-        layers, found, norm = self._given(outputs, targets, indices, num_boxes)
-        distance, overlap = box_losses(layers.boxes, found)
-        return {
-            "loss_bbox": (distance / norm).squeeze(0),
-            "loss_giou": (overlap / norm).squeeze(0),
-        }
-
-    def loss_local(
-        self,
-        outputs: Output,
-        targets: AnyTargets,
-        indices: Indices,
-        num_boxes: float | Tensor,
-        temperature: float = _TEMPERATURE,
-    ) -> dict[str, Tensor]:
-        """Localisation and distillation losses of one layer matched by `indices`, unweighted."""
-        layers, found, norm = self._given(outputs, targets, indices, num_boxes)
-        iou = iou_of(layers.boxes, found)
-        return self._local(
-            *(
-                layers,
-                found,
-                iou,
-                norm,
-                _balance(found.matched, norm.dtype),
-                self._bins(outputs, [layers]),
-            ),
-            weights={"loss_fgl": 1.0, "loss_ddf": 1.0},
-            temperature=temperature,
-        )
-
-    @staticmethod
-    def fgl_loss(
-        preds: Tensor,
-        targets: Tensor,
-        weight_right: Tensor,
-        weight_left: Tensor,
-        iou_weight: Tensor | None = None,
-        reduction: str = "sum",
-        avg_factor: float | Tensor | None = None,
-    ) -> Tensor:
-        """Fine-grained localisation loss: cross-entropy with the two bins around each target.
-
-        Args:
-            reduction: "none", "mean" or "sum"; with avg_factor the sum over avg_factor.
-
-        Shapes:
-            preds (N, bins) logits; targets (N,) positions in bins, of which the floor is the left
-            bin; weight_right, weight_left, iou_weight (N,).
-        """
-        left = targets.detach().long()
-        weight = None if iou_weight is None else iou_weight.detach()
-        losses = two_bin(preds, left, weight_left, weight_right, weight=weight, keep=1)
-        if avg_factor is not None:
-            return losses.sum() / avg_factor
-        if reduction == "none":
-            return losses
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction must be one of none, mean, sum, got {reduction!r}")
-        return losses.mean() if reduction == "mean" else losses.sum()
+        iou, balance = iou_of(layers.boxes, found), _balance(found.matched, norm.dtype)
+        bins, weights = self._bins(outputs, [layers]), {"loss_fgl": 1.0, "loss_ddf": 1.0}
+        return self._local(layers, found, iou, norm, balance, bins, weights, temperature)
 
 
 def _and_some(stacked: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor]:

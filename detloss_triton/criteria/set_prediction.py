@@ -36,29 +36,22 @@ from detloss_triton.validate import (
     at_most,
     check,
     enabled,
-    may_read,
     no_corners,
 )
 from detloss_triton.warn import warn_once
 
 from .arguments import constants, precision_of
-from .denoising import denoising_map, matched_indices, prepare_positives
+from .denoising import denoising_map, prepare_positives
 from .levels import has_hooks
+from .matches import Matched, map_of_indices, matched_targets
 
 _GIOU_EPS = 1e-6
 
 Output = Mapping[str, Any]
 # Per image, as a list of dictionaries or packed.
 AnyTargets = Targets | Sequence[Mapping[str, Tensor]]
-Indices = Sequence[tuple[Tensor, Tensor]]
 # (suffix of its losses, output) of each layer.
 NamedLayers = Sequence[tuple[str, Output]]
-
-# What OTX's forward calls layer by layer, and subclasses of its criteria may override.
-_PER_LAYER = (
-    *("loss_labels_vfl", "loss_boxes", "loss_local", "fgl_loss", "get_cdn_matched_indices"),
-    *("_available_losses", "_get_go_indices", "_get_src_permutation_idx", "prepare"),
-)
 
 MATCHING_COSTS = {"cost_class": 2.0, "cost_bbox": 5.0, "cost_giou": 2.0}
 
@@ -104,37 +97,6 @@ def stack_layers(named: NamedLayers) -> list[Layers]:
         )
         for group in groups
     ]
-
-
-@dataclass(frozen=True)
-class Matched:
-    """Each query's target, read off a map.
-
-    Shapes:
-        target_of_query: (L, B, Q) int64, -1 for none. matched: (L, B, Q) bool.
-        labels: (L, B, Q), -1 for none. boxes: (L, B, Q, 4) normalised cxcywh, 0 for none.
-    """
-
-    target_of_query: Tensor
-    matched: Tensor
-    labels: Tensor
-    boxes: Tensor
-
-
-def matched_targets(target_of_query: Tensor, targets: Targets) -> Matched:
-    """Look the targets of a map (L, B, Q) up."""
-    matched = target_of_query >= 0
-    n_layers = len(target_of_query)
-    index = torch.where(matched, target_of_query, 0)
-    labels = targets.labels.expand(n_layers, -1, -1).gather(2, index)
-    boxes = targets.boxes.expand(n_layers, -1, -1, -1)
-    boxes = boxes.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, 4))
-    return Matched(
-        target_of_query,
-        matched,
-        torch.where(matched, labels, -1),
-        torch.where(matched.unsqueeze(-1), boxes, 0),
-    )
 
 
 def iou_of(boxes: Tensor, found: Matched) -> Tensor:
@@ -194,73 +156,6 @@ def named_losses(
     return losses
 
 
-def map_of_indices(
-    found: Any, n_queries: int, targets: Targets, counts: Sequence[int] | None, place: str
-) -> Tensor:
-    """(1, B, Q) target of each query, from one pair (query indices, target indices) per image.
-
-    Pairs that lie on a CPU are looked at. Of others, one out of range is none, and of several of a
-    query one counts, unless values are checked.
-
-    Args:
-        found: the pairs, or as other projects' matchers return them, {"indices": the pairs}.
-        counts: boxes in each image, where the host knows.
-
-    Raises:
-        TypeError, ValueError: for what holds no such pairs.
-    """
-    pairs = found.get("indices") if isinstance(found, Mapping) else found
-    n_images = len(targets.labels)
-    if not isinstance(pairs, (list, tuple)) or len(pairs) != n_images:
-        came = f"{len(pairs)} of them" if isinstance(pairs, (list, tuple)) else type(pairs).__name__
-        raise ValueError(
-            f"{place}: indices must be a list of pairs (query indices, target indices), or "
-            f"{{'indices': the list}}, one for each of {n_images} images, got {came}"
-        )
-    if counts is None and (may_read(targets.counts.device)):
-        counts = counts_of(targets)
-    out = targets.labels.new_full((n_images, n_queries + 1), -1, dtype=torch.int64)
-    for image, pair in enumerate(pairs):
-        at = f"{place}, image {image}: indices"
-        if not isinstance(pair, (list, tuple, Tensor)) or len(pair) != 2:
-            raise ValueError(f"{at} must be a pair (query indices, target indices)")
-        queries, chosen = (_as_indices(index, at) for index in pair)
-        if queries.shape != chosen.shape:
-            raise ValueError(
-                f"{at} must be of as many queries as targets, got {len(queries)} and {len(chosen)}"
-            )
-        if may_read(queries.device):
-            _check_range(f"{at} of queries", queries, n_queries)
-            if counts is not None:
-                _check_range(f"{at} of targets", chosen, counts[image])
-            if len(queries.unique()) < len(queries):
-                raise ValueError(f"{at} must have each query once, got {queries.tolist()}")
-        queries, chosen = queries.to(out.device), chosen.to(out.device)
-        is_pair = (queries >= 0) & (queries < n_queries)
-        is_pair &= (chosen >= 0) & (chosen < targets.counts[image])
-        # What is no pair is written to one more column, which is cut off.
-        out[image].scatter_(0, torch.where(is_pair, queries, n_queries), chosen)
-    return out[:, :n_queries].unsqueeze(0)
-
-
-def _check_range(place: str, index: Tensor, n: int) -> None:
-    wrong = (index < 0) | (index >= n)
-    if wrong.any():
-        raise ValueError(f"{place} must be in [0, {n}), got {index[wrong][0].item()}")
-
-
-def _as_indices(index: Any, place: str) -> Tensor:
-    if not isinstance(index, (list, tuple)) and not hasattr(index, "__array__"):
-        raise TypeError(f"{place} must be two tensors, got {type(index).__name__}")
-    index = torch.as_tensor(index)
-    no_integers = index.is_floating_point() or index.dtype == torch.bool
-    if index.dim() != 1 or (no_integers and index.numel()):
-        raise ValueError(
-            f"{place} must be two tensors of integers (n,), got {index.dtype} {tuple(index.shape)}"
-        )
-    return index.to(torch.int64)
-
-
 @dataclass(frozen=True)
 class Step:
     """What a criterion was called with, checked and packed.
@@ -296,20 +191,6 @@ class SetCriterion(nn.Module):
     # ends with _ is of a list, and goes on with the layer's number.
     matched_layers: ClassVar[dict[str, str]] = {}
     denoising_layers: ClassVar[dict[str, str]] = {}
-    # A method that the class overrides and `forward` does not call.
-    _in_vain = ""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuse a subclass whose losses would be ignored.
-
-        Raises:
-            TypeError: for an overridden method that `forward` does not call, where the class has no
-                `forward` of its own.
-        """
-        super().__init_subclass__(**kwargs)
-        cls._in_vain = next((name for name in _PER_LAYER if _is_overridden(cls, name)), "")
-        if not _is_overridden(cls, "forward"):
-            cls._refuse_overrides()
 
     def __init__(
         self,
@@ -342,19 +223,6 @@ class SetCriterion(nn.Module):
         if dn_meta is None:
             return packed, None
         return packed, prepare_positives(dn_meta, packed, targets, name)
-
-    @classmethod
-    def get_cdn_matched_indices(
-        cls, dn_meta: Mapping[str, Any], targets: AnyTargets
-    ) -> list[tuple[Tensor, Tensor]]:
-        """The given pairs of denoising queries: per image (query indices, target indices).
-
-        Of `Targets`, the numbers of boxes are read from the device.
-
-        Raises:
-            ValueError: for a missing entry, or positives that are not one per box and group.
-        """
-        return matched_indices(dn_meta, targets, cls.__name__)
 
     def _step(self, outputs: Output, targets: AnyTargets, num_boxes: Any) -> Step:
         """Check and pack the arguments of `forward`."""
@@ -449,20 +317,8 @@ class SetCriterion(nn.Module):
             and not has_hooks(matcher)
         )
 
-    @classmethod
-    def _refuse_overrides(cls, name: str = "") -> None:
-        if name or cls._in_vain:
-            raise TypeError(
-                f"{cls.__name__} overrides {name or cls._in_vain}, which forward does not call: it "
-                "computes all layers at once; override forward, or scale the losses it returns"
-            )
-
     def _check_parts(self) -> None:
-        """Raise TypeError for an overridden method, or a matcher, that cannot be called."""
-        self._refuse_overrides()
-        for method in _PER_LAYER:
-            if method in self.__dict__:
-                self._refuse_overrides(method)
+        """Raise TypeError for a matcher that cannot be called."""
         if not callable(self.matcher):
             raise TypeError(
                 f"{type(self).__name__}: matcher must be callable with (outputs, targets), "
@@ -551,23 +407,6 @@ class SetCriterion(nn.Module):
         if num_boxes is not None:
             check(self, num_boxes=POSITIVE(num_boxes))
 
-    def _given(
-        self, outputs: Output, targets: AnyTargets, indices: Any, num_boxes: Any
-    ) -> tuple[Layers, Matched, Tensor]:
-        """One layer, matched by (query indices, target indices) per image, and its normaliser."""
-        name = type(self).__name__
-        check_mapping(name, outputs=outputs)
-        self._check_shapes([("", outputs)])
-        (layers,) = stack_layers([("", outputs)])
-        n_images, n_queries = layers.logits.shape[1:3]
-        targets = constants(targets, self._precision([("", outputs)]))
-        packed = pack(targets, name, layers.boxes)
-        check_images(name, packed, n_images)
-        self._check_num_boxes(num_boxes)
-        counts = None if isinstance(targets, Targets) else counts_of(targets)
-        found = map_of_indices(indices, n_queries, packed, counts, name)
-        return layers, matched_targets(found, packed), as_norm(num_boxes, layers.boxes)
-
     def _check_weights(self) -> None:
         """Raise TypeError for a weight that is no number; warn of those that weigh nothing, and
         where no classification loss has one."""
@@ -603,9 +442,3 @@ class SetCriterion(nn.Module):
 def _holds_predictions(entry: Any) -> bool:
     layers = entry if isinstance(entry, (list, tuple)) else [entry]
     return any(isinstance(layer, Mapping) and "pred_logits" in layer for layer in layers)
-
-
-def _is_overridden(cls: type, name: str) -> bool:
-    """Whether a method that a class has is the user's."""
-    owner = next((c for c in cls.__mro__ if name in vars(c)), None)
-    return owner is not None and owner.__module__.partition(".")[0] != "detloss_triton"
