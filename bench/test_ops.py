@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from detloss_triton.bench.cases import op_cases
 from detloss_triton.bench.run import Job, Settings, op_job
-from detloss_triton.bench.shapes import op_cases
 
 
 def jobs(settings: Settings) -> list[Job]:

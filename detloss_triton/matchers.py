@@ -107,7 +107,10 @@ class BoxMatcher:
                 )
         n_images, n_targets, n_anchors = logits.shape
         metric, best_iou = task_aligned(
-            *(boxes, logits, self.anchors, targets),
+            boxes,
+            logits,
+            self.anchors,
+            targets,
             iou=self.iou,
             iou_power=self.factor["iou"],
             class_power=self.factor["cls"],
@@ -119,16 +122,16 @@ class BoxMatcher:
         largest = top.new_zeros(n_images, n_anchors).scatter_reduce(1, anchor, top, "amax")
         wins = (top > 0) & (top == largest.gather(1, anchor))
         first = anchor.new_full((n_images, n_anchors), n_targets)
-        first = first.scatter_reduce(1, anchor, torch.where(wins, target, n_targets), "amin")
+        first = first.scatter_reduce(1, anchor, target.masked_fill(~wins, n_targets), "amin")
         used = wins & (target == first.gather(1, anchor))
-        return Candidates(anchor, target, torch.where(used, quality, 0), used)
+        return Candidates(anchor, target, quality.masked_fill(~used, 0), used)
 
     def over_anchors(self, candidates: Candidates, values: Tensor, fill: float) -> Tensor:
         """(B, A): each matched anchor's entry of per-slot `values` (B, T * k), `fill` elsewhere."""
         n_anchors = len(self.anchors)
         out = values.new_full((values.shape[0], n_anchors + 1), fill)
         # Slots not used write to one more column, which is cut off.
-        index = torch.where(candidates.used, candidates.anchor, n_anchors)
+        index = candidates.anchor.masked_fill(~candidates.used, n_anchors)
         return out.scatter(1, index, values)[:, :n_anchors]
 
     def __call__(self, target: Tensor, predict: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -179,7 +182,7 @@ def real_boxes(targets: Tensor, n_classes: int) -> Tensor:
     """(B, T, 4) float32 boxes of (B, T, 5) rows [class, box]; one of no class has no area."""
     boxes = at_least_float32(targets[..., 1:])
     is_class = (targets[..., :1] >= 0) & (targets[..., :1] < n_classes)
-    return torch.where(is_class, boxes, 0)
+    return boxes.masked_fill(~is_class, 0)
 
 
 class HungarianMatcher(nn.Module):
@@ -240,7 +243,10 @@ class HungarianMatcher(nn.Module):
         n_layers, n_images, n_queries = logits.shape[:3]
         check_images(type(self).__name__, targets, n_images)
         cost = match_cost(
-            *(logits.flatten(0, 1), boxes.flatten(0, 1), targets.labels, targets.boxes),
+            logits.flatten(0, 1),
+            boxes.flatten(0, 1),
+            targets.labels,
+            targets.boxes,
             **{name: float(self.cost_dict.get(name, 0.0)) for name in _COSTS},
             alpha=self.alpha,
             gamma=self.gamma,
@@ -250,7 +256,7 @@ class HungarianMatcher(nn.Module):
         target = torch.arange(cost.shape[1], device=cost.device).expand_as(queries)
         out = target.new_full((len(queries), n_queries + 1), -1)
         # Targets without a query write to one more column, which is cut off.
-        out = out.scatter(1, torch.where(queries >= 0, queries, n_queries), target)
+        out = out.scatter(1, queries.masked_fill(queries < 0, n_queries), target)
         return out[:, :n_queries].unflatten(0, (n_layers, n_images))
 
     def forward(
@@ -289,7 +295,7 @@ def union_of_matches(target_of_query: Tensor, n_targets: int) -> Tensor:
     A query takes the target that most layers gave it, of equals the first; -1 where none did.
     """
     _, n_images, n_queries = target_of_query.shape
-    index = torch.where(target_of_query >= 0, target_of_query, n_targets).permute(1, 2, 0)
+    index = target_of_query.masked_fill(target_of_query < 0, n_targets).permute(1, 2, 0)
     count = torch.zeros(
         n_images, n_queries, n_targets + 1, dtype=torch.int32, device=index.device
     ).scatter_add(2, index, torch.ones_like(index, dtype=torch.int32))[..., :n_targets]
@@ -297,4 +303,4 @@ def union_of_matches(target_of_query: Tensor, n_targets: int) -> Tensor:
     first = torch.arange(n_targets - 1, -1, -1, device=index.device, dtype=torch.int32)
     best = (count * n_targets + first).amax(2)
     target = n_targets - 1 - best % n_targets
-    return torch.where(best >= n_targets, target, -1).to(torch.int64).unsqueeze(0)
+    return target.masked_fill(best < n_targets, -1).to(torch.int64).unsqueeze(0)

@@ -7,8 +7,16 @@ from torch import Tensor
 
 # What kernels load and references convert as it is stored; torch computes with no other types.
 _READABLE = (
-    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8),
-    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
 )
 
 

@@ -93,7 +93,7 @@ def pack(
     no_label = torch.full((1,), -1, device=device)
     no_box = torch.zeros((1, 4), dtype=dtype, device=device)
     return Targets(
-        joined(no_label, labels, index), joined(no_box, boxes_of, index), (index > 0).sum(1)
+        padded(no_label, labels, index), padded(no_box, boxes_of, index), (index > 0).sum(1)
     )
 
 
@@ -166,6 +166,6 @@ def padded_index(counts: Sequence[int], width: int, device: torch.device) -> Ten
     return index.to(device, non_blocking=True)
 
 
-def joined(filler: Tensor, parts: Sequence[Tensor], index: Tensor) -> Tensor:
+def padded(filler: Tensor, parts: Sequence[Tensor], index: Tensor) -> Tensor:
     """The concatenation of `parts` behind a row of filler, at `index`."""
     return torch.cat([filler, *parts])[index]

@@ -21,7 +21,7 @@ from detloss_triton import sum_losses
 from detloss_triton.bench.batches import DENSE as BUILDERS
 from detloss_triton.demo import ranks
 from detloss_triton.demo.detectors import RECIPES
-from detloss_triton.demo.shapes import CLASS_NAMES, ShapeImages
+from detloss_triton.demo.shape_images import CLASS_NAMES, ShapeImages
 from detloss_triton.demo.train import Settings, fit
 
 Arguments = dict[str, Any]

@@ -35,7 +35,7 @@ from detloss_triton.demo.samples import (
     pad_targets,
     stack_images,
 )
-from detloss_triton.demo.shapes import CLASS_NAMES, MOST_SHAPES, ShapeImages
+from detloss_triton.demo.shape_images import CLASS_NAMES, MOST_SHAPES, ShapeImages
 from detloss_triton.demo.train import Settings, evaluate, fit, rate
 
 CPU = torch.device("cpu")

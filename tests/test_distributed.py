@@ -71,5 +71,5 @@ def test_a_group_is_that_of_the_device(
     monkeypatch.setattr(dist, "init_process_group", lambda *a, **kw: joined.append((a, kw)))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(atexit, "register", lambda function: None)
-    with ranks.joined(device):
+    with ranks.group(device):
         assert joined == [expected]

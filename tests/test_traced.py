@@ -10,7 +10,7 @@ from torch import Tensor
 
 from detloss_triton import use_backend
 from detloss_triton.engine import REGISTRY, RowOp, Sample
-from detloss_triton.engine.traced import _order, settled
+from detloss_triton.engine.traced import _order, computed_once
 from detloss_triton.ops.selection import hardest
 
 ROW_OPS = [each for each in REGISTRY.values() if isinstance(each, RowOp)]
@@ -100,4 +100,4 @@ def test_memory_order() -> None:
     assert _order(torch.ones(2, 5, 3)) == [0, 1, 2]
     assert _order(torch.ones(2, 3, 5).transpose(1, 2)) == [0, 2, 1]
     assert _order(torch.ones(4, 3, 2).permute(2, 0, 1)) == [1, 2, 0]
-    assert settled(torch.ones(2)).shape == (2,)
+    assert computed_once(torch.ones(2)).shape == (2,)

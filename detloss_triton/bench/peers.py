@@ -20,8 +20,8 @@ from torch import Tensor
 from detloss_triton.reduction import sum_losses
 
 from .batches import BUILDERS
+from .cases import CriterionCase, OpCase
 from .providers import Absent, Provider, Run, Task, Tree, first_line
-from .shapes import CriterionCase, OpCase
 
 Adapter = Callable[[Any, Task], Run]
 

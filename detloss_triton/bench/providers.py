@@ -18,8 +18,8 @@ from detloss_triton.reduction import sum_losses
 from detloss_triton.selfcheck import relative_error
 
 from .batches import Batch, Draw
+from .cases import CriterionCase, OpCase
 from .measure import Step
-from .shapes import CriterionCase, OpCase
 from .trees import leaves, mapped
 
 Tree = Any

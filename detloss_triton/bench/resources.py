@@ -26,9 +26,9 @@ from detloss_triton.ops import assignment, distribution
 
 from . import aot
 from .batches import Draw
+from .cases import op_cases
 from .measure import n_bytes
 from .report import aligned
-from .shapes import op_cases
 
 TARGETS = tuple(aot.TARGETS)
 # The target whose plan is complete, also when it is quick.

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import machine
+from .cases import CRITERIA, QUICK_BATCH, SWEEPS, CriterionCase, OpCase, op_cases
 from .measure import Budget, Clock, Step, alternate, clock_of, copy_bandwidth, counted_bytes
 from .peers import peers_of
 from .providers import (
@@ -32,7 +33,6 @@ from .providers import (
     step,
     truth,
 )
-from .shapes import CRITERIA, QUICK_BATCH, SWEEPS, CriterionCase, OpCase, op_cases
 
 FORMAT = 1
 PASSES = ("forward", "forward+backward")

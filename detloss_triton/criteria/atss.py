@@ -28,18 +28,18 @@ from detloss_triton.validate import (
 
 from .arguments import constants, precision_of
 from .levels import (
+    all_levels,
     as_rows,
     at_positives,
     boxes_by_level,
-    check_images,
+    check_labels,
     check_levels,
     check_maps,
+    class_loss,
     ignores_labels,
     is_our_coder,
     is_ours,
     is_positive,
-    joined,
-    of_all,
     of_positives,
     ours_by_level,
     refuse_overrides,
@@ -156,13 +156,14 @@ class ATSSCriterion(nn.Module):
             bbox_targets=bbox_targets,
             valid_label_mask=valid_label_mask,
         )
-        n_images, places = check_images(self, labels)
+        n_images, places = check_labels(self, labels)
         for level, rows in enumerate(
             zip(labels, label_weights, anchors, bbox_targets, valid_label_mask, strict=True)
         ):
             self._check_rows(places[level], n_images, *rows)
             check_maps(
-                *(places[level], labels[level]),
+                places[level],
+                labels[level],
                 cls_score=(cls_score[level], self.cls_out_channels),
                 bbox_pred=(bbox_pred[level], 4),
                 centerness=(centerness[level], 1),
@@ -192,7 +193,7 @@ class ATSSCriterion(nn.Module):
                 pairs = zip(bbox_targets, anchors, strict=True)
                 both = [torch.cat(pair, -1) for pair in pairs]
                 check(self, bbox_targets=MEETS_ANCHOR(both, positive))
-        grid, targets = joined(anchors, dtype), joined(bbox_targets, dtype)
+        grid, targets = all_levels(anchors, dtype), all_levels(bbox_targets, dtype)
         with torch.no_grad():
             centred = self._centerness(grid, targets, is_object, sizes)
         (box_norm,) = rank_means(centred.sum())
@@ -202,20 +203,31 @@ class ATSSCriterion(nn.Module):
             "loss_cls": [
                 self._loss_cls(
                     as_rows(cls_score[level], self.cls_out_channels),
-                    *(labels[level], label_weights[level], valid_label_mask[level], avg_factor),
-                    *(positive[level], boxes_here, bbox_targets[level]),
+                    labels[level],
+                    label_weights[level],
+                    valid_label_mask[level],
+                    avg_factor,
+                    positive[level],
+                    boxes_here,
+                    bbox_targets[level],
                 )
                 for level, boxes_here in enumerate(boxes.split(sizes, 1))
             ],
             "loss_bbox": boxes_by_level(
-                *(self.loss_bbox, boxes, targets, sizes),
+                self.loss_bbox,
+                boxes,
+                targets,
+                sizes,
                 positive=is_object,
                 weight=centred,
                 norm=box_norm.clamp(min=1),
             ),
             "loss_centerness": self._loss_centerness(
                 torch.cat([as_rows(level, 1).squeeze(-1) for level in centerness], 1),
-                *(centred, is_object, sizes, avg_factor),
+                centred,
+                is_object,
+                sizes,
+                avg_factor,
             ),
         }
 
@@ -253,7 +265,7 @@ class ATSSCriterion(nn.Module):
         """(B, n) centerness of the positives, 0 elsewhere; a user's function is called for them."""
         method = type(self).centerness_target
         if method is ATSSCriterion.centerness_target and "centerness_target" not in self.__dict__:
-            return torch.where(is_object, self.centerness_target(anchors, targets), 0)
+            return self.centerness_target(anchors, targets).masked_fill(~is_object, 0)
         blank = torch.zeros_like(anchors[..., 0])
         return at_positives(self.centerness_target, blank, is_object, sizes, anchors, targets)
 
@@ -264,7 +276,7 @@ class ATSSCriterion(nn.Module):
         so that whatever it is, its gradient is 0."""
         if self.reg_decoded_bbox and is_our_coder(self.bbox_coder):
             return self.bbox_coder.decode(anchors, codes, weight=is_object.to(anchors.dtype))
-        blank = torch.where(is_object.unsqueeze(-1), codes, 0)
+        blank = codes.masked_fill(~is_object.unsqueeze(-1), 0)
         if not self.reg_decoded_bbox:
             return blank
         decode = self.bbox_coder.decode
@@ -279,9 +291,12 @@ class ATSSCriterion(nn.Module):
         avg_factor: float | Tensor,
     ) -> list[Tensor]:
         if is_ours(self.loss_centerness):
-            logits = torch.where(is_object, logits, 0)
+            logits = logits.masked_fill(~is_object, 0)
             return ours_by_level(
-                *(self.loss_centerness, logits, target, sizes),
+                self.loss_centerness,
+                logits,
+                target,
+                sizes,
                 weight=is_object.to(target.dtype),
                 avg_factor=avg_factor,
             )
@@ -302,21 +317,21 @@ class ATSSCriterion(nn.Module):
         targets: Tensor,
     ) -> Tensor:
         if self.bg_loss_weight >= 0:
-            weights = at_least_float32(weights)
-            weights = torch.where(labels == self.num_classes, self.bg_loss_weight, weights)
+            is_background = labels == self.num_classes
+            weights = at_least_float32(weights).masked_fill(is_background, self.bg_loss_weight)
         if self.use_qfl:
             with torch.no_grad():
                 missed = iou_loss(
                     boxes.detach(), targets, mode="linear", eps=_MIN_QUALITY, keep=boxes.dim() - 1
                 )
-                quality = torch.where(is_object, 1 - missed, 0)
+                quality = (1 - missed).masked_fill(~is_object, 0)
             target: Tensor | tuple[Tensor, Tensor] = (labels, quality)
         else:
             target = labels
         kwargs: dict[str, Any] = {"avg_factor": avg_factor}
         if self._masks():
             kwargs["valid_label_mask"] = valid_label_mask
-        return of_all(self.loss_cls, scores, target, weights, **kwargs)
+        return class_loss(self.loss_cls, scores, target, weights, **kwargs)
 
     def _masks(self) -> bool:
         """Whether `loss_cls` leaves out classes by a mask: focal losses do, ours and OTX's."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from detloss_triton.shapes import check_counts, check_mapping, check_shapes
-from detloss_triton.targets import Targets, counts_of, joined, pack, padded_index
+from detloss_triton.targets import Targets, counts_of, pack, padded, padded_index
 
 
 def prepare_positives(
@@ -49,7 +49,7 @@ def prepare_positives(
     rows = [count for count in counts for _ in range(groups)]
     index = padded_index(rows, n_targets, device)
     none = torch.full((1,), -1, device=device)
-    queries = joined(none, [row.to(torch.int64) for row in positives if row.numel()], index)
+    queries = padded(none, [row.to(torch.int64) for row in positives if row.numel()], index)
     prepared["dn_positive_idx"] = queries.view(n_images, groups, n_targets)
     return prepared
 
@@ -87,7 +87,7 @@ def denoising_map(dn_meta: Mapping[str, Any], n_queries: int) -> Tensor:
     target = torch.arange(n_targets, device=queries.device).expand_as(queries)
     out = target.new_full((n_images, n_queries + 1), -1)
     is_query = (queries >= 0) & (queries < n_queries)
-    index = torch.where(is_query, queries, n_queries).long()
+    index = queries.masked_fill(~is_query, n_queries).long()
     return out.scatter(1, index.flatten(1), target.flatten(1))[:, :n_queries].unsqueeze(0)
 
 

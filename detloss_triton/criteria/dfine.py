@@ -47,7 +47,12 @@ class DFINECriterion(LocalByLayer, ours=True):
 
     entries = (
         *SetCriterion.entries,
-        *("pred_corners", "ref_points", "teacher_corners", "teacher_logits", "up", "reg_scale"),
+        "pred_corners",
+        "ref_points",
+        "teacher_corners",
+        "teacher_logits",
+        "up",
+        "reg_scale",
     )
     loss_names = (*SetCriterion.loss_names, "loss_fgl", "loss_ddf")
     without_weight = "no classification loss is computed"
@@ -233,7 +238,8 @@ class DFINECriterion(LocalByLayer, ours=True):
             weight = torch.where(found.matched, iou_of_taught, confidence)
             weight = weight * _shares(found.matched, balance)
             ddf = distillation(
-                *(student, teacher.expand(student.shape)),
+                student,
+                teacher.expand(student.shape),
                 weight=weight.unsqueeze(-1).expand(student.shape[:-1]).contiguous(),
                 keep=1,
                 temperature=temperature,

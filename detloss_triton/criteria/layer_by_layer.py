@@ -27,8 +27,15 @@ TEMPERATURE = 5.0
 
 # What OTX's forward calls layer by layer, and subclasses of its criteria may override.
 _METHODS = (
-    *("loss_labels_vfl", "loss_boxes", "loss_local", "fgl_loss", "get_cdn_matched_indices"),
-    *("_available_losses", "_get_go_indices", "_get_src_permutation_idx", "prepare"),
+    "loss_labels_vfl",
+    "loss_boxes",
+    "loss_local",
+    "fgl_loss",
+    "get_cdn_matched_indices",
+    "prepare",
+    "_available_losses",
+    "_get_go_indices",
+    "_get_src_permutation_idx",
 )
 
 

@@ -19,8 +19,8 @@ def is_ours(module: Any) -> bool:
     """Whether a module's forward is this library's and nobody listens: that of a subclass may be
     the user's own, and a hook expects what OTX calls the module with.
 
-    Ours run fused, on (batch, anchors) rows; a stranger's is called as OTX calls it. So is one that
-    does not reduce its losses, as they are then handed out in the shape of what they are of.
+    Ours run fused, on (batch, anchors) rows; all others are called as OTX calls them. So is one
+    that does not reduce its losses, as they are then handed out in the shape of what they are of.
     """
     if not isinstance(module, nn.Module) or "forward" in module.__dict__ or has_hooks(module):
         return False
@@ -85,7 +85,7 @@ def refuse_overrides(criterion: nn.Module, *methods: str) -> None:
             )
 
 
-def joined(levels: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def all_levels(levels: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """(B, n_l, ...) of each level as one (B, n, ...)."""
     return torch.cat(list(levels), 1).to(dtype)
 
@@ -104,14 +104,14 @@ def as_rows(x: Tensor, features: int) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(batch, height * width * channels // features, features)
 
 
-def of_all(
+def class_loss(
     module: nn.Module,
     scores: Tensor,
     target: Tensor | tuple[Tensor, Tensor],
     weight: Tensor,
     **kwargs: Any,
 ) -> Tensor:
-    """A classification loss of all (B, n) anchors of a level; a stranger's gets (B * n,) rows."""
+    """The classification loss of a level's (B, n) anchors; modules not ours get (B * n,) rows."""
     if is_ours(module):
         return module(scores, target, weight, **kwargs)
 
@@ -155,7 +155,7 @@ def of_positives(
     weight: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """A stranger's loss of the P positives among (B, n) anchors, which the host counts.
+    """Another library's loss of the P positives among (B, n) anchors, which the host counts.
 
     It gets (P, ...) rows, as from OTX; without positives it is not called, and the loss is 0.
     """
@@ -236,7 +236,7 @@ def check_device(place: str, name: str, x: Tensor, labels: Tensor) -> None:
         )
 
 
-def check_images(criterion: nn.Module, labels: Sequence[Any]) -> tuple[int, list[str]]:
+def check_labels(criterion: nn.Module, labels: Sequence[Any]) -> tuple[int, list[str]]:
     """The number of images, and what an error about each level begins with."""
     places = [f"{type(criterion).__name__}, level {level}" for level in range(len(labels))]
     check_shapes(places[0], labels=(labels[0], ("N", "n")))

@@ -34,15 +34,15 @@ def matched_targets(target_of_query: Tensor, targets: Targets) -> Matched:
     """Look the targets of a map (L, B, Q) up."""
     matched = target_of_query >= 0
     n_layers = len(target_of_query)
-    index = torch.where(matched, target_of_query, 0)
+    index = target_of_query.clamp(min=0)
     labels = targets.labels.expand(n_layers, -1, -1).gather(2, index)
     boxes = targets.boxes.expand(n_layers, -1, -1, -1)
     boxes = boxes.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, 4))
     return Matched(
         target_of_query,
         matched,
-        torch.where(matched, labels, -1),
-        torch.where(matched.unsqueeze(-1), boxes, 0),
+        labels.masked_fill(~matched, -1),
+        boxes.masked_fill(~matched.unsqueeze(-1), 0),
     )
 
 
@@ -91,7 +91,7 @@ def map_of_indices(
         is_pair = (queries >= 0) & (queries < n_queries)
         is_pair &= (chosen >= 0) & (chosen < targets.counts[image])
         # What is no pair is written to one more column, which is cut off.
-        out[image].scatter_(0, torch.where(is_pair, queries, n_queries), chosen)
+        out[image].scatter_(0, queries.masked_fill(~is_pair, n_queries), chosen)
     return out[:, :n_queries].unsqueeze(0)
 
 

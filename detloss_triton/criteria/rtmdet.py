@@ -26,16 +26,16 @@ from detloss_triton.validate import (
 
 from .arguments import constants, precision_of
 from .levels import (
+    all_levels,
     as_rows,
     boxes_by_level,
-    check_images,
+    check_labels,
     check_levels,
     check_maps,
+    class_loss,
     ignores_labels,
     is_ours,
     is_positive,
-    joined,
-    of_all,
     refuse_overrides,
 )
 
@@ -99,21 +99,22 @@ class RTMDetCriterion(nn.Module):
             assign_metrics=assign_metrics,
             stride=stride,
         )
-        n_images, places = check_images(self, labels)
+        n_images, places = check_labels(self, labels)
         for level, rows in enumerate(
             zip(labels, label_weights, bbox_targets, assign_metrics, stride, strict=True)
         ):
             self._check_rows(places[level], n_images, *rows)
             check_maps(
-                *(places[level], labels[level]),
+                places[level],
+                labels[level],
                 cls_score=(cls_score[level], self.cls_out_channels),
                 bbox_pred=(bbox_pred[level], 4),
             )
         sizes = [level.shape[1] for level in labels]
         # What is small is joined: an operation on all levels costs what one on a level does.
-        metric = joined(assign_metrics, dtype)
+        metric = all_levels(assign_metrics, dtype)
         is_object = is_positive(torch.cat(list(labels), 1), self.num_classes)
-        box_weights = torch.where(is_object, metric, 0)
+        box_weights = metric.masked_fill(~is_object, 0)
         if enabled():
             check(
                 self,
@@ -132,12 +133,13 @@ class RTMDetCriterion(nn.Module):
         targets = [(x, at_least_float32(y)) for x, y in zip(labels, assign_metrics, strict=True)]
         return {
             "loss_cls": self._loss_cls(
-                *(scores, targets, joined(label_weights, dtype), sizes, cls_norm.clamp(min=1))
+                scores, targets, all_levels(label_weights, dtype), sizes, cls_norm.clamp(min=1)
             ),
             "loss_bbox": boxes_by_level(
                 self.loss_bbox,
                 torch.cat([as_rows(level, 4) for level in bbox_pred], 1),
-                *(joined(bbox_targets, dtype), sizes),
+                all_levels(bbox_targets, dtype),
+                sizes,
                 positive=is_object,
                 weight=box_weights,
                 norm=box_norm.clamp(min=1),
@@ -180,10 +182,10 @@ class RTMDetCriterion(nn.Module):
     ) -> list[Tensor]:
         ours = is_ours(self.loss_cls)
         # Weights are normalised, not losses: gradients are then right as they are found. A
-        # stranger's module need not be linear in them.
+        # module of another library need not be linear in them.
         weights = (weight / norm if ours else weight).split(sizes, 1)
         losses = [
-            of_all(self.loss_cls, *level, avg_factor=1.0)
+            class_loss(self.loss_cls, *level, avg_factor=1.0)
             for level in zip(scores, targets, weights, strict=True)
         ]
         return losses if ours else [loss / norm for loss in losses]

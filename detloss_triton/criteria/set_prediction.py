@@ -104,7 +104,7 @@ def iou_of(boxes: Tensor, found: Matched) -> Tensor:
     with torch.no_grad():
         pairs = cxcywh_to_xyxy(boxes.detach()), cxcywh_to_xyxy(found.boxes).expand_as(boxes)
         missed = iou_loss(*pairs, mode="linear", eps=0.0, keep=3)
-        return torch.where(found.matched, 1 - missed, 0)
+        return (1 - missed).masked_fill(~found.matched, 0)
 
 
 def classification_losses(
@@ -120,10 +120,10 @@ def box_losses(boxes: Tensor, found: Matched) -> tuple[Tensor, Tensor]:
     weight = found.matched.to(torch.float32).expand(boxes.shape[:-1])
     target = found.boxes.expand(boxes.shape)
     # A query without a target is blanked: whatever its box holds, its gradient is 0.
-    boxes = torch.where(found.matched.unsqueeze(-1), boxes, 0)
+    boxes = boxes.masked_fill(~found.matched.unsqueeze(-1), 0)
     distance = l1(boxes, target, weight=weight, keep=1)
     overlap = giou_loss(
-        *(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target)), weight=weight, keep=1, eps=_GIOU_EPS
+        cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target), weight=weight, keep=1, eps=_GIOU_EPS
     )
     return distance, overlap
 

@@ -130,12 +130,13 @@ class SSDCriterion(nn.Module):
                 avg_factor=NOT_NEGATIVE(norm),
             )
             check(self, bbox_weights=NOTHING(box_weights, ~positive))
-        norm = torch.where(norm == 0, 1, norm) if isinstance(norm, Tensor) else norm or 1.0
+        norm = norm.masked_fill(norm == 0, 1) if isinstance(norm, Tensor) else norm or 1.0
         each = two_bin(scores, label, None, None, weight=weights, keep=2)
         loss_cls = self._mined(each, label, positive) / norm
         boxes = self._decoded(anchors, codes) if self.reg_decoded_bbox else codes
         loss_bbox = smooth_l1(
-            *(boxes.unsqueeze(-1), targets.unsqueeze(-1)),
+            boxes.unsqueeze(-1),
+            targets.unsqueeze(-1),
             weight=box_weights,
             keep=1,
             beta=self.smoothl1_beta,
@@ -166,7 +167,7 @@ class SSDCriterion(nn.Module):
         return [value for value, _ in out.values()]
 
     def _decoded(self, anchors: Tensor, codes: Tensor) -> Tensor:
-        """(N, A, 4) boxes; a stranger's coder is called image by image, as from OTX."""
+        """(N, A, 4) boxes; another library's coder is called image by image, as from OTX."""
         decode: Any = self.bbox_coder.decode  # type: ignore[union-attr]
         if is_our_coder(self.bbox_coder) or len(codes) == 0:
             boxes: Tensor = decode(anchors, codes)
@@ -177,6 +178,6 @@ class SSDCriterion(nn.Module):
         """(N, 1): the losses (N, A) of all positives and of the hardest negatives of each image."""
         negative = labels == self.num_classes
         n_taken = positive.sum(1, keepdim=True) * self.neg_pos_ratio
-        hardness = torch.where(negative, each.detach(), -1.0)
+        hardness = each.detach().masked_fill(~negative, -1.0)
         kept = hardest(hardness, n_taken) & negative
-        return torch.where(positive | kept, each, 0).sum(1, keepdim=True)
+        return each.masked_fill(~(positive | kept), 0).sum(1, keepdim=True)

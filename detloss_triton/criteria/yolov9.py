@@ -245,7 +245,7 @@ class YOLOv9Criterion(nn.Module):
             logits = torch.cat([_logits_of(labels, head) for head in heads])
             found = self.matcher.match(boxes, logits, gt_boxes)
             norm = _by_head(found.score, heads).sum((1, 2))
-            norm = torch.where(norm > 0, norm, 1)
+            norm = norm.masked_fill(~(norm > 0), 1)
         pairs = _Pairs(self.vec2box, found, gt_boxes)
         cls = self._loss_cls(heads, labels.repeat(n_heads, 1), found) / norm
         dfl = pairs.distribution_loss(heads, self.loss_dfl.reg_max) / norm
@@ -294,7 +294,7 @@ class YOLOv9Criterion(nn.Module):
                 },
             )
             cls_norm = target_cls.sum()
-            cls_norm = torch.where(cls_norm > 0, cls_norm, 1)
+            cls_norm = cls_norm.masked_fill(~(cls_norm > 0), 1)
             box_norm = target_cls.sum(-1)[valid]
             boxes = boxes / self.vec2box.scaler.unsqueeze(-1)
             pairs = target_boxes, valid, box_norm, cls_norm
@@ -362,7 +362,7 @@ def _at_anchors(levels: Sequence[Tensor], index: Tensor) -> Tensor:
         local = index - start
         inside = (local >= 0) & (local < n)
         shape = (len(index), *(1,) * (level.dim() - 2), index.shape[1])
-        where = torch.where(inside, local, 0).view(shape)
+        where = local.masked_fill(~inside, 0).view(shape)
         picked = level.gather(-1, where.expand(*level.shape[:-1], -1))
         out = picked if out is None else torch.where(inside.view(shape), picked, out)
         start += n
@@ -391,9 +391,9 @@ class _Pairs:
 
     def box_loss(self, heads: Sequence[Sequence[Level]]) -> Tensor:
         boxes = distance_decode(self._of(heads, 2), self.centre)
-        pairs = (boxes, self.boxes)
         return ciou_loss(
-            *(_by_head(x, heads) for x in pairs),
+            _by_head(boxes, heads),
+            _by_head(self.boxes, heads),
             weight=_by_head(self.score, heads),
             keep=1,
             eps=YOLOV9_EPS,

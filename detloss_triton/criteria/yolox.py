@@ -168,7 +168,7 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 def _of_found(module: nn.Module, pred: Tensor, target: Tensor, found: Tensor) -> Tensor:
     """A loss of the (P, features) rows of positives that were `found` (P,).
 
-    A stranger's module gets just these and is not called where there are none, as from OTX.
+    Another library's module gets just these and is not called where there are none, as from OTX.
     """
     ours = is_ours(module)
     if not ours:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[torch.device]:
+def group(device: torch.device) -> Iterator[torch.device]:
     """Join the others, if there are any; yields the device of this process.
 
     Whatever holds the group, as DDP does, has to be gone at the end: if it were the last to let go

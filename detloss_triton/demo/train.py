@@ -23,7 +23,7 @@ from .coco_images import CocoImages
 from .detectors import RECIPES
 from .pictures import plot_losses, plot_predictions
 from .samples import Detections, ImageSource, InputError, Sample, stack_images
-from .shapes import ShapeImages
+from .shape_images import ShapeImages
 
 WEIGHT_DECAY = 0.01
 LARGEST_GRADIENT_NORM = 10.0
@@ -67,7 +67,7 @@ def train(settings: Settings) -> None:
     Raises:
         InputError: if the settings cannot be used; nothing is written then.
     """
-    with ranks.joined(settings.device) as device:
+    with ranks.group(settings.device) as device:
         _train(replace(settings, device=device))
 
 

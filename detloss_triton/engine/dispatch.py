@@ -132,8 +132,8 @@ def _chosen(op: Formula, first: Tensor, inputs: Sequence[Tensor | None]) -> str:
     """The backend to run on; "auto" takes torch for what is beyond the kernel, and warns.
 
     Raises:
-        ValueError: where "triton" was asked for, and the inputs are beyond the kernel; or where
-            they are on several devices, of which a kernel would read unmapped memory.
+        RuntimeError: where "triton" was asked for and cannot run.
+        ValueError: for tensors on several devices, of which a kernel would read unmapped memory.
     """
     for x in inputs:
         if x is not None and x.device != first.device:
@@ -147,7 +147,7 @@ def _chosen(op: Formula, first: Tensor, inputs: Sequence[Tensor | None]) -> str:
     if not reason:
         return chosen
     if not backend.is_auto():
-        raise ValueError(f"{reason} on the Triton backend")
+        raise RuntimeError(f"backend 'triton' was requested but cannot run: {reason.rstrip(',')}")
     backend.warn_of_torch(first.device, f"{op.name}: {reason.rstrip(',')}", kind=op.name)
     return "torch"
 

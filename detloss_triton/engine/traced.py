@@ -21,7 +21,7 @@ def evaluate(call: Call, weight: Tensor | None, inputs: Inputs) -> Tensor:
     """The losses, differentiable by the inputs that require it."""
     # Labels are computed once, and not again for each class that they are compared with.
     inputs = tuple(
-        settled(x) if x is not None and spec.index else x
+        computed_once(x) if x is not None and spec.index else x
         for spec, x in zip(call.op.inputs, inputs, strict=True)
     )
     differentiated = torch.is_grad_enabled() and any(
@@ -34,7 +34,7 @@ def evaluate(call: Call, weight: Tensor | None, inputs: Inputs) -> Tensor:
 
 
 @opaque("(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape))
-def settled(x: Tensor) -> Tensor:
+def computed_once(x: Tensor) -> Tensor:
     """A copy that Inductor makes, instead of computing x wherever it is used."""
     return x.clone(memory_format=torch.contiguous_format)
 
