@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _said: set[str] = set()
 
 
+def not_traced(function: _Function) -> _Function:
+    """Have the function called while a graph is traced, and its result be a constant in the graph.
+
+    As `torch.compiler.assume_constant_result` does, which takes a second to import the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@not_traced
 def warn_once(message: str, kind: str = "") -> None:
     """Warn in the name of the line that called the library, once for each kind of message.
 
@@ -29,8 +42,3 @@ def warn_once(message: str, kind: str = "") -> None:
         frame.f_lineno,
         module=frame.f_globals.get("__name__"),
     )
-
-
-# Called while a graph is traced, not traced itself: as `torch.compiler.assume_constant_result`
-# would have it, which imports the compiler.
-warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]

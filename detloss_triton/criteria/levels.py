@@ -13,6 +13,7 @@ from detloss_triton import coders, losses
 from detloss_triton.precision import at_least_float32
 from detloss_triton.reduction import EPS32
 from detloss_triton.shapes import check_shapes
+from detloss_triton.warn import not_traced
 
 
 def is_ours(module: Any) -> bool:
@@ -55,7 +56,7 @@ def ignores_labels(module: Any) -> bool:
     return not isinstance(module, (losses.CrossSigmoidFocalLoss, losses.QualityFocalLoss))
 
 
-@torch.compiler.assume_constant_result
+@not_traced
 def _names(kind: Any, argument: str) -> bool:
     """Whether an argument has a name in a function's signature, or in the forward of a class or of
     one that it is derived from, whose arguments it may collect in **kwargs."""
