@@ -2,7 +2,7 @@
 
 from triton import __version__ as triton_version
 
-from . import assignment, boxes, classes, distributions, matching, math, rows
+from . import assignment, boxes, classes, distributions, matching, math, rows, selection
 
 __all__ = [
     "assignment",
@@ -12,5 +12,6 @@ __all__ = [
     "matching",
     "math",
     "rows",
+    "selection",
     "triton_version",
 ]

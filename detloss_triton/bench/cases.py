@@ -222,6 +222,15 @@ def _assigned(rows: int, columns: int, layers: int = 1) -> Callable[[Draw, int],
     return sample
 
 
+def _masked(draw: Draw, batch: int) -> Sample:
+    mask = draw.uniform(batch * 8400) < 0.01
+    return Sample((mask,), {"n": int(mask.sum())})
+
+
+def _mined(draw: Draw, batch: int) -> Sample:
+    return Sample((draw.uniform(batch, 8732), draw.integers(0, 500, batch, 1)))
+
+
 # (op, what tells several sizes of an op apart, size, sample)
 _OPS: tuple[tuple[str, str, Size, Callable[[Draw, int], Sample]], ...] = (
     ("binary_cross_entropy", "", _YOLOV9, _classified({}, 8400, 80, 0.02, True)),
@@ -246,6 +255,8 @@ _OPS: tuple[tuple[str, str, Size, Callable[[Draw, int], Sample]], ...] = (
     ("ciou_loss", "", _YOLOV9, _box_pairs(8400, {"eps": 1e-9, "alpha_grad": False})),
     ("delta_decode", "", _ATSS, _deltas(8525)),
     ("distance_decode", "", _RTMDET, _distances(8400)),
+    ("first_set", "", _YOLOX, _masked),
+    ("hardest", "", _SSD, _mined),
     ("task_aligned", "", _YOLOV9, _aligned),
     ("match_cost", "", _DETR, _costs),
     ("optimal_assignment", "20 x 300", _DETR, _assigned(20, 300, layers=6)),

@@ -17,7 +17,13 @@ from .formula import Call, Formula, Inputs, RowFormula
 from .operators import opaque
 
 # The types that torch's schema language has for parameters.
-_TYPES = {"float": "float", "bool": "bool", "str": "str", "tuple[float, ...]": "float[]"}
+_TYPES = {
+    "float": "float",
+    "int": "SymInt",
+    "bool": "bool",
+    "str": "str",
+    "tuple[float, ...]": "float[]",
+}
 
 # (forward, backward) of each row op.
 _operators: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}

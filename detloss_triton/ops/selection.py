@@ -7,12 +7,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from detloss_triton.engine import Sample, direct, opaque
+from detloss_triton import backend
+from detloss_triton.backend import kernels
+from detloss_triton.engine import Sample, direct, opaque, power_of_2
+
+# Columns that a program holds at a time; what it runs through lies in the cache.
+_BLOCK = 4096
+
+
+def _block(n_columns: int) -> dict[str, int]:
+    block = min(power_of_2(n_columns), _BLOCK)
+    return {"BC": block, "num_warps": max(block // 256, 1)}
 
 
 def _mask_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
     mask = torch.rand(rows, generator=generator) > 0.6
-    for n in (0, int(mask.sum()), int(mask.sum()) + 2, 1):
+    for n in (int(mask.sum()), int(mask.sum()) + 2, 1, 0):
         yield Sample((mask,), {"n": n})
 
 
@@ -27,6 +37,23 @@ def first_set(mask: Tensor, n: int) -> Tensor:
 def _(mask: Tensor, n: int) -> Tensor:
     found = mask.nonzero().squeeze(1)[:n]
     return torch.nn.functional.pad(found, (0, n - len(found)), value=len(mask))
+
+
+@first_set.triton
+def _(mask: Tensor, n: int) -> Tensor:
+    found = mask.new_empty((n,), dtype=torch.int64)
+    if n > 0:
+        backend.launch(
+            kernels.selection.first_set_kernel,
+            (1,),
+            mask.device,
+            mask=(mask, mask.stride(0)),
+            p_found=found,
+            n_columns=len(mask),
+            n=n,
+            **_block(max(len(mask), n)),
+        )
+    return found
 
 
 # Operators, as of a scan or a sort over all anchors Inductor of torch 2.11 makes code for a GPU
@@ -69,6 +96,23 @@ def _(hardness: Tensor, k: Tensor) -> Tensor:
             return taken
     # There is a NaN, or there are more equal ones than are taken.
     return _hardest(hardness, k)
+
+
+@hardest.triton
+def _(hardness: Tensor, k: Tensor) -> Tensor:
+    taken = torch.empty(hardness.shape, dtype=torch.bool, device=hardness.device)
+    if taken.numel() > 0:
+        backend.launch(
+            kernels.selection.hardest_kernel,
+            (len(taken),),
+            hardness.device,
+            x=(hardness, *hardness.stride()),
+            p_k=k.contiguous(),
+            p_taken=taken,
+            n_columns=taken.shape[1],
+            **_block(taken.shape[1]),
+        )
+    return taken
 
 
 @opaque("(Tensor x, Tensor k) -> Tensor", lambda x, k: x.new_empty(x.shape, dtype=torch.bool))
