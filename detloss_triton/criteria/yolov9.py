@@ -360,11 +360,11 @@ def _at_anchors(levels: Sequence[Tensor], index: Tensor) -> Tensor:
     for level in levels:
         n = level.shape[-1]
         local = index - start
-        inside = (local >= 0) & (local < n)
+        outside = (local < 0) | (local >= n)
         shape = (len(index), *(1,) * (level.dim() - 2), index.shape[1])
-        where = local.masked_fill(~inside, 0).view(shape)
+        where = local.masked_fill(outside, 0).view(shape)
         picked = level.gather(-1, where.expand(*level.shape[:-1], -1))
-        out = picked if out is None else torch.where(inside.view(shape), picked, out)
+        out = picked if out is None else torch.where(outside.view(shape), out, picked)
         start += n
     assert out is not None
     return out.movedim(-1, 1)
