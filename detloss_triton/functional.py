@@ -75,7 +75,10 @@ def binary_cross_entropy_with_logits(
     _check(place, inputs=(inputs, (...,)), targets=(targets, (...,)), weight=(weight, (...,)))
     return reduced(
         classification.binary_cross_entropy,
-        *(inputs.unsqueeze(-1), None, targets, None),
+        inputs.unsqueeze(-1),
+        None,
+        targets,
+        None,
         weight=weight,
         reduction=reduction,
     )
@@ -102,7 +105,10 @@ def sigmoid_focal_loss(
     _check("sigmoid_focal_loss", inputs=(inputs, (...,)), targets=(targets, (...,)))
     return reduced(
         classification.sigmoid_focal,
-        *(inputs.unsqueeze(-1), None, targets, None),
+        inputs.unsqueeze(-1),
+        None,
+        targets,
+        None,
         reduction=reduction,
         alpha=alpha,
         gamma=gamma,
@@ -143,7 +149,10 @@ def varifocal_loss(
     _check_labelled("varifocal_loss", inputs, labels, scores)
     return reduced(
         classification.varifocal,
-        *(inputs, labels, scores, None),
+        inputs,
+        labels,
+        scores,
+        None,
         reduction=reduction,
         alpha=alpha,
         gamma=gamma,
@@ -193,7 +202,10 @@ def distribution_focal_loss(
     left, right_weight = distribution.two_bins(targets, inputs.shape[-1])
     return reduced(
         distribution.two_bin,
-        *(inputs, left, 1 - right_weight, right_weight),
+        inputs,
+        left,
+        1 - right_weight,
+        right_weight,
         weight=weight,
         reduction=reduction,
     )
@@ -263,7 +275,8 @@ def complete_box_iou_loss(
     _check("complete_box_iou_loss", boxes1=(boxes1, (..., 4)), boxes2=(boxes2, (..., 4)))
     return reduced(
         regression.ciou_loss,
-        *(boxes1, boxes2),
+        boxes1,
+        boxes2,
         reduction=reduction,
         eps=eps,
         alpha_grad=differentiate_alpha,
@@ -277,7 +290,8 @@ def l1_loss(
     _check("l1_loss", pred=(pred, (...,)), target=(target, (...,)), weight=(weight, (...,)))
     return reduced(
         regression.l1,
-        *(pred.unsqueeze(-1), target.unsqueeze(-1)),
+        pred.unsqueeze(-1),
+        target.unsqueeze(-1),
         weight=weight,
         reduction=reduction,
     )
@@ -305,7 +319,8 @@ def smooth_l1_loss(
         raise ValueError(f"beta must be positive, got {beta}")
     return reduced(
         regression.smooth_l1,
-        *(pred.unsqueeze(-1), target.unsqueeze(-1)),
+        pred.unsqueeze(-1),
+        target.unsqueeze(-1),
         weight=weight,
         reduction=reduction,
         avg_factor=avg_factor,

@@ -60,7 +60,9 @@ class Loss(nn.Module):
     ) -> Tensor:
         reduction = self.reduction if override is None else override
         return reduced(
-            *(op, pred, *map(_detached, constants)),
+            op,
+            pred,
+            *map(_detached, constants),
             weight=_detached(weight),
             reduction=reduction,
             scale=self.loss_weight,
@@ -166,7 +168,10 @@ class CrossEntropyLoss(Loss):
             weight = of_label if weight is None else weight * of_label
         return self._reduced(
             distribution.two_bin,
-            *(cls_score, label.masked_fill(~kept, -1), None, None),
+            cls_score,
+            label.masked_fill(~kept, -1),
+            None,
+            None,
             weight=weight,
             avg_factor=self._divisor(avg_factor, reduction_override, kept, label.numel()),
             override=reduction_override,
@@ -212,7 +217,10 @@ class CrossEntropyLoss(Loss):
         if self.class_weight is None and not dense and not each and _is_row(weight, label):
             return self._reduced(
                 classification.binary_cross_entropy,
-                *(score, label, None, None),
+                score,
+                label,
+                None,
+                None,
                 weight=kept if weight is None else weight * kept,
                 avg_factor=self._divisor(avg_factor, override, kept, score.numel()),
                 count=score.numel(),
@@ -322,7 +330,10 @@ class CrossSigmoidFocalLoss(Loss):
             )
         return self._reduced(
             classification.sigmoid_focal,
-            *(pred, targets, None, valid_label_mask),
+            pred,
+            targets,
+            None,
+            valid_label_mask,
             weight=weight,
             avg_factor=avg_factor if reduction == "mean" else None,
             avg_eps=0.0,
@@ -393,7 +404,10 @@ class QualityFocalLoss(Loss):
             rest["weight"] = weight.unsqueeze(-1).expand(pred.shape)
         losses = self._reduced(
             classification.quality_focal,
-            *(pred.unsqueeze(-1), None, target, None),
+            pred.unsqueeze(-1),
+            None,
+            target,
+            None,
             count=pred.shape[:-1].numel(),
             **rest,
         )
@@ -430,7 +444,8 @@ class _BoxLoss(Loss):
             weight = at_least_float32(weight).mean(-1) if of_sides else weight
         return self._reduced(
             op,
-            *(pred, target),
+            pred,
+            target,
             weight=weight,
             avg_factor=avg_factor,
             override=override,
@@ -477,7 +492,11 @@ class IoULoss(_BoxLoss):
         """
         return self._pairs(
             regression.iou_loss,
-            *(pred, target, weight, avg_factor, reduction_override),
+            pred,
+            target,
+            weight,
+            avg_factor,
+            reduction_override,
             mode=self.mode,
             eps=self.eps,
         )
@@ -504,7 +523,11 @@ class GIoULoss(_BoxLoss):
         """Loss of box pairs. Shapes: as `IoULoss`."""
         return self._pairs(
             regression.giou_loss,
-            *(pred, target, weight, avg_factor, reduction_override),
+            pred,
+            target,
+            weight,
+            avg_factor,
+            reduction_override,
             eps=self.eps,
         )
 
@@ -532,7 +555,8 @@ class L1Loss(Loss):
             weight = weight.unsqueeze(-1).expand(pred.shape) if by_row else weight
         return self._reduced(
             regression.l1,
-            *(pred.unsqueeze(-1), target.unsqueeze(-1)),
+            pred.unsqueeze(-1),
+            target.unsqueeze(-1),
             weight=weight,
             avg_factor=avg_factor,
             override=reduction_override,
@@ -634,7 +658,9 @@ class DFLoss(nn.Module):
         return (
             distribution.two_bin(
                 predicts_anc.reshape(-1, *predicts_anc.shape[2:]).index_select(0, index),
-                *(left, 1 - right_weight, right_weight),
+                left,
+                1 - right_weight,
+                right_weight,
                 weight=weight.unsqueeze(-1).expand(left.shape),
             )
             / cls_norm

@@ -24,9 +24,9 @@ def value_at(vector, index):
 # Counts, and what grows with them: a compiled kernel serves problems of any size up to its block,
 # wherever they lie. Triton specialises the elements of a tuple in any case, so the cost is none.
 _RUNTIME = [
-    *("p_cost", "p_n_rows", "p_n_cols", "p_column_of_row"),
-    *("s_problem", "s_row", "s_column", "n_rows_max", "n_cols_max"),
-]
+    "p_cost", "p_n_rows", "p_n_cols", "p_column_of_row",
+    "s_problem", "s_row", "s_column", "n_rows_max", "n_cols_max",
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_RUNTIME)

@@ -67,11 +67,12 @@ def task_aligned_kernel(
     tl.store(p_best + pid, tl.where(has_nan, float("nan"), best))
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("s_labels", "s_targets", "n_images", "n_targets", "n_queries", "n_classes", "n_blocks")
-    ]
-)
+_COST_COUNTS = [
+    "s_labels", "s_targets", "n_images", "n_targets", "n_queries", "n_classes", "n_blocks",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_COST_COUNTS)
 def match_cost_kernel(
     logits, boxes, labels, targets, p_cost,
     s_labels, s_targets, n_images, n_targets, n_queries, n_classes, n_blocks,

@@ -14,8 +14,16 @@ from detloss_triton import functional
 from detloss_triton.engine import REGISTRY, RowOp
 
 NUMBERS = (
-    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-    *(torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
 )
 ROWS = 12
 
@@ -119,8 +127,17 @@ def test_a_whole_criterion_with_integer_boxes(backend: str, device: torch.device
 
     def loss(boxes: Tensor, ones: Tensor) -> dict[str, Tensor]:
         return criterion(
-            *(zero[0], zero.expand(1, 1, 2), zero.expand(1, 1, 4), BOXES[None, :1].to(device)),
-            *(ones, ones.expand(1, 2), boxes, boxes, ones[0, 0], ones[0, 0], ones[0] > 0),
+            zero[0],
+            zero.expand(1, 1, 2),
+            zero.expand(1, 1, 4),
+            BOXES[None, :1].to(device),
+            ones,
+            ones.expand(1, 2),
+            boxes,
+            boxes,
+            ones[0, 0],
+            ones[0, 0],
+            ones[0] > 0,
         )
 
     expected = loss(OTHERS[:1].to(device), torch.ones(1, 1, device=device))

@@ -92,6 +92,7 @@ def _(cost: Tensor, n_rows: Tensor, n_cols: Tensor) -> Tensor:
         return cost.new_full((n_problems, n_rows_max), -1, dtype=torch.int64)
     column_of_row = cost.new_empty((n_problems, n_rows_max), dtype=torch.int64)
     block = max(power_of_2(max(n_rows_max, n_cols_max)), _COLUMNS_PER_WARP)
+    s_problem, s_row, s_column = cost.stride()
     backend.launch(
         kernels.assignment.assignment_kernel,
         (n_problems,),
@@ -100,7 +101,9 @@ def _(cost: Tensor, n_rows: Tensor, n_cols: Tensor) -> Tensor:
         p_n_rows=n_rows.contiguous(),
         p_n_cols=n_cols.contiguous(),
         p_column_of_row=column_of_row,
-        **dict(zip(("s_problem", "s_row", "s_column"), cost.stride(), strict=True)),
+        s_problem=s_problem,
+        s_row=s_row,
+        s_column=s_column,
         n_rows_max=n_rows_max,
         n_cols_max=n_cols_max,
         LIMIT=LIMIT,

@@ -58,8 +58,13 @@ def task_aligned(
         return logits.to(dtype), logits.new_zeros(logits.shape[:2], dtype=dtype)
     p, t = boxes.to(dtype).unsqueeze(1), targets.to(dtype).unsqueeze(2)
     metric, score = _aligned(
-        *(columns(p), columns(t), anchors.to(dtype).unbind(-1), logits.to(dtype)),
-        *(iou, iou_power, class_power),
+        columns(p),
+        columns(t),
+        anchors.to(dtype).unbind(-1),
+        logits.to(dtype),
+        iou,
+        iou_power,
+        class_power,
     )
     return metric, score.amax(-1)
 
@@ -91,7 +96,9 @@ def _(
                 _columns(t[some].T.index_select(1, target)),
                 tuple(x[anchor] for x in points),
                 logits[image, some][target, anchor].to(dtype),
-                *(iou, iou_power, class_power),
+                iou,
+                iou_power,
+                class_power,
             )
             best[image, some].scatter_reduce_(0, target, score, "amax")
     return metric, best
