@@ -259,10 +259,10 @@ FUNCTIONS: list[tuple[str, Callable[[], Any]]] = [
         LOGITS, CLASSES, GRAD)),
     ("varifocal_loss: labels must have shape", lambda: functional.varifocal_loss(
         LOGITS, CLASSES[:2], SCORES)),
-    ("cross_entropy: weight must have shape", lambda: functional.cross_entropy(
-        LOGITS, CLASSES, torch.ones(4))),
-    ("cross_entropy: no gradient is defined for weight", lambda: functional.cross_entropy(
-        LOGITS, CLASSES, GRAD)),
+    ("cross_entropy: row_weight must have shape", lambda: functional.cross_entropy(
+        LOGITS, CLASSES, row_weight=torch.ones(4))),
+    ("cross_entropy: no gradient is defined for row_weight", lambda: functional.cross_entropy(
+        LOGITS, CLASSES, row_weight=GRAD)),
     ("binary_cross_entropy_with_logits: targets must have shape", lambda:
         functional.binary_cross_entropy_with_logits(LOGITS, LOGITS[:1])),
     ("sigmoid_focal_loss: no gradient is defined for targets", lambda:
@@ -279,8 +279,9 @@ FUNCTIONS: list[tuple[str, Callable[[], Any]]] = [
         LOGITS[:, :3], LOGITS[:, :3])),
     ("complete_box_iou_loss: boxes2 must be on cpu", lambda: functional.complete_box_iou_loss(
         ANCHORS, ELSEWHERE)),
-    ("iou_loss: target must have shape", lambda: functional.iou_loss(ANCHORS, ANCHORS[1:])),
-    ("l1_loss: weight must have shape", lambda: functional.l1_loss(ANCHORS, ANCHORS, SCORES)),
+    ("iou_loss: boxes2 must have shape", lambda: functional.iou_loss(ANCHORS, ANCHORS[1:])),
+    ("l1_loss: weight must have shape", lambda: functional.l1_loss(
+        ANCHORS, ANCHORS, weight=SCORES)),
     ("smooth_l1_loss: target must have shape", lambda: functional.smooth_l1_loss(
         ANCHORS, ANCHORS[:, :1])),
     ("linear_sum_assignment: cost must be floating point", lambda:
