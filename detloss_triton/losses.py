@@ -361,7 +361,9 @@ class QualityFocalLoss(Loss):
         op = classification.quality_focal
         if isinstance(target, (tuple, list)):
             if len(target) != 2:
-                raise ValueError(f"target must be (label, score), got {len(target)} entries")
+                raise ValueError(
+                    f"QualityFocalLoss: target must be (label, score), got {len(target)} entries"
+                )
             label, score = target
             self._check(**checked, label=(label, _ROWS), score=(score, _ROWS))
             label = self._labels("label", label)
@@ -519,11 +521,7 @@ class BCELoss(nn.Module):
 
 
 def _matched(
-    module: nn.Module,
-    targets_bbox: Tensor,
-    valid_masks: Tensor,
-    box_norm: Tensor,
-    **predictions: tuple[Any, Dimensions],
+    module: nn.Module, valid_masks: Tensor, box_norm: Tensor, **others: tuple[Any, Dimensions]
 ) -> tuple[Tensor, Tensor]:
     """(indices, weights) of the anchors that are matched, as many as box_norm has rows.
 
@@ -533,8 +531,7 @@ def _matched(
     """
     check_shapes(
         type(module).__name__,
-        **predictions,
-        targets_bbox=(targets_bbox, ("B", "A", 4)),
+        **others,
         valid_masks=(valid_masks, ("B", "A")),
         box_norm=(box_norm, ("P",)),
     )
@@ -564,10 +561,10 @@ class BoxLoss(nn.Module):
         """
         index, weight = _matched(
             self,
-            targets_bbox,
             valid_masks,
             box_norm,
             predicts_bbox=(predicts_bbox, ("B", "A", 4)),
+            targets_bbox=(targets_bbox, ("B", "A", 4)),
         )
         losses = regression.ciou_loss(
             predicts_bbox.reshape(-1, 4).index_select(0, index),
@@ -609,10 +606,10 @@ class DFLoss(nn.Module):
         anchor_grid = self.vec2box.anchor_grid
         index, weight = _matched(
             self,
-            targets_bbox,
             valid_masks,
             box_norm,
             **{"vec2box.anchor_grid": (anchor_grid, ("A", 2))},
+            targets_bbox=(targets_bbox, ("B", "A", 4)),
             predicts_anc=(predicts_anc, ("B", "A", 4, "bins")),
         )
         centre = anchor_grid.to(arithmetic_dtype(targets_bbox)) / self.vec2box.scaler.unsqueeze(-1)
