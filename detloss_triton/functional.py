@@ -27,8 +27,16 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .ops import classification, distribution, regression
+from .ops import regression
 from .ops.assignment import linear_sum_assignment
+from .ops.classification import (
+    binary_cross_entropy,
+    dense,
+    quality_focal,
+    sigmoid_focal,
+    varifocal,
+)
+from .ops.distribution import two_bin, two_bins
 from .reduction import reduced
 from .shapes import Dimensions, check_shapes
 
@@ -48,18 +56,13 @@ __all__ = [
     "varifocal_loss",
 ]
 
-_ROWS: Dimensions = (...,)
 _OPTIONAL = ("weight", "row_weight")
 _CONSTANT = ("targets", "labels", "scores", *_OPTIONAL)
 
 
 def _check(place: str, /, **arguments: tuple[Any, Dimensions]) -> None:
     """Raise unless the arguments fit each other; an error names the function and the argument."""
-    given = {
-        name: pair
-        for name, pair in arguments.items()
-        if pair[0] is not None or name not in _OPTIONAL
-    }
+    given = {k: v for k, v in arguments.items() if v[0] is not None or k not in _OPTIONAL}
     check_shapes(place, **given)
     for name, (x, _) in given.items():
         if x.is_complex() or (name == "labels" and x.is_floating_point() and x.numel() > 0):
@@ -71,12 +74,16 @@ def _check(place: str, /, **arguments: tuple[Any, Dimensions]) -> None:
             backend.refuse_double(f"{place}: {name}", x.device)
 
 
+def _check_entries(place: str, /, **entries: Tensor | None) -> None:
+    _check(place, **{name: (x, (...,)) for name, x in entries.items()})
+
+
+def _check_rows(place: str, inputs: Tensor, /, **rows: Tensor | None) -> None:
+    _check(place, inputs=(inputs, (..., "C")), **{name: (x, (...,)) for name, x in rows.items()})
+
+
 def _check_boxes(place: str, boxes1: Tensor, boxes2: Tensor) -> None:
     _check(place, boxes1=(boxes1, (..., 4)), boxes2=(boxes2, (..., 4)))
-
-
-def _check_scored(place: str, inputs: Tensor, labels: Tensor, scores: Tensor) -> None:
-    _check(place, inputs=(inputs, (..., "C")), labels=(labels, _ROWS), scores=(scores, _ROWS))
 
 
 def binary_cross_entropy_with_logits(
@@ -87,18 +94,10 @@ def binary_cross_entropy_with_logits(
     Shapes:
         inputs: any, logits. targets: the same, in [0, 1]. weight: the same, or None.
     """
-    _check(
-        "binary_cross_entropy_with_logits",
-        inputs=(inputs, _ROWS),
-        targets=(targets, _ROWS),
-        weight=(weight, _ROWS),
-    )
-    return reduced(
-        classification.binary_cross_entropy,
-        *classification.dense(inputs, targets),
-        weight=weight,
-        reduction=reduction,
-    )
+    place = "binary_cross_entropy_with_logits"
+    _check_entries(place, inputs=inputs, targets=targets, weight=weight)
+    entries = dense(inputs, targets)
+    return reduced(binary_cross_entropy, *entries, weight=weight, reduction=reduction)
 
 
 def sigmoid_focal_loss(
@@ -119,14 +118,9 @@ def sigmoid_focal_loss(
     Shapes:
         inputs: any, logits. targets: the same, 0 or 1 (values between are interpolated).
     """
-    _check("sigmoid_focal_loss", inputs=(inputs, _ROWS), targets=(targets, _ROWS))
-    return reduced(
-        classification.sigmoid_focal,
-        *classification.dense(inputs, targets),
-        reduction=reduction,
-        alpha=alpha,
-        gamma=gamma,
-    )
+    _check_entries("sigmoid_focal_loss", inputs=inputs, targets=targets)
+    entries = dense(inputs, targets)
+    return reduced(sigmoid_focal, *entries, reduction=reduction, alpha=alpha, gamma=gamma)
 
 
 def quality_focal_loss(
@@ -140,10 +134,8 @@ def quality_focal_loss(
         inputs: (..., C) logits. labels: (...,) int, outside [0, C) for background.
         scores: (...,) in [0, 1], the quality (IoU) of the prediction. Returns (...,) for "none".
     """
-    _check_scored("quality_focal_loss", inputs, labels, scores)
-    return reduced(
-        classification.quality_focal, inputs, labels, scores, None, reduction=reduction, beta=beta
-    )
+    _check_rows("quality_focal_loss", inputs, labels=labels, scores=scores)
+    return reduced(quality_focal, inputs, labels, scores, None, reduction=reduction, beta=beta)
 
 
 def varifocal_loss(
@@ -161,25 +153,14 @@ def varifocal_loss(
 
     Shapes: as `quality_focal_loss`.
     """
-    _check_scored("varifocal_loss", inputs, labels, scores)
+    _check_rows("varifocal_loss", inputs, labels=labels, scores=scores)
     return reduced(
-        classification.varifocal,
-        inputs,
-        labels,
-        scores,
-        None,
-        reduction=reduction,
-        alpha=alpha,
-        gamma=gamma,
+        varifocal, inputs, labels, scores, None, reduction=reduction, alpha=alpha, gamma=gamma
     )
 
 
 def cross_entropy(
-    inputs: Tensor,
-    labels: Tensor,
-    *,
-    row_weight: Tensor | None = None,
-    reduction: str = "mean",
+    inputs: Tensor, labels: Tensor, *, row_weight: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
     """Softmax cross-entropy of each row; a label outside [0, C) costs 0.
 
@@ -190,15 +171,8 @@ def cross_entropy(
     Shapes:
         inputs: (..., C) logits. labels: (...,) int. row_weight: (...,) factor of each row, or None.
     """
-    _check(
-        "cross_entropy",
-        inputs=(inputs, (..., "C")),
-        labels=(labels, _ROWS),
-        row_weight=(row_weight, _ROWS),
-    )
-    return reduced(
-        distribution.two_bin, inputs, labels, None, None, weight=row_weight, reduction=reduction
-    )
+    _check_rows("cross_entropy", inputs, labels=labels, row_weight=row_weight)
+    return reduced(two_bin, inputs, labels, None, None, weight=row_weight, reduction=reduction)
 
 
 def distribution_focal_loss(
@@ -213,21 +187,10 @@ def distribution_focal_loss(
         inputs: (..., bins) logits. targets: (...,) in [0, bins - 1), clamped into it.
         weight: (...,), or None. Returns (...,) for "none".
     """
-    _check(
-        "distribution_focal_loss",
-        inputs=(inputs, (..., "bins")),
-        targets=(targets, _ROWS),
-        weight=(weight, _ROWS),
-    )
-    left, right_weight = distribution.two_bins(targets, inputs.shape[-1])
+    _check_rows("distribution_focal_loss", inputs, targets=targets, weight=weight)
+    left, of_right = two_bins(targets, inputs.shape[-1])
     return reduced(
-        distribution.two_bin,
-        inputs,
-        left,
-        1 - right_weight,
-        right_weight,
-        weight=weight,
-        reduction=reduction,
+        two_bin, inputs, left, 1 - of_right, of_right, weight=weight, reduction=reduction
     )
 
 
@@ -297,28 +260,17 @@ def complete_box_iou_loss(
     Shapes: as `iou_loss`.
     """
     _check_boxes("complete_box_iou_loss", boxes1, boxes2)
-    return reduced(
-        regression.ciou_loss,
-        boxes1,
-        boxes2,
-        reduction=reduction,
-        eps=eps,
-        alpha_grad=differentiate_alpha,
-    )
+    op, alpha_grad = regression.ciou_loss, differentiate_alpha
+    return reduced(op, boxes1, boxes2, reduction=reduction, eps=eps, alpha_grad=alpha_grad)
 
 
 def l1_loss(
     pred: Tensor, target: Tensor, *, weight: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
     """|pred - target| of each entry. Shapes: pred, target, weight (or None): any, the same."""
-    _check("l1_loss", pred=(pred, _ROWS), target=(target, _ROWS), weight=(weight, _ROWS))
-    return reduced(
-        regression.l1,
-        pred.unsqueeze(-1),
-        target.unsqueeze(-1),
-        weight=weight,
-        reduction=reduction,
-    )
+    _check_entries("l1_loss", pred=pred, target=target, weight=weight)
+    pred, target = pred.unsqueeze(-1), target.unsqueeze(-1)
+    return reduced(regression.l1, pred, target, weight=weight, reduction=reduction)
 
 
 def smooth_l1_loss(
@@ -338,7 +290,7 @@ def smooth_l1_loss(
     Shapes:
         pred, target, weight (or None): any, the same.
     """
-    _check("smooth_l1_loss", pred=(pred, _ROWS), target=(target, _ROWS), weight=(weight, _ROWS))
+    _check_entries("smooth_l1_loss", pred=pred, target=target, weight=weight)
     if not beta > 0:
         raise ValueError(f"smooth_l1_loss: beta must be positive, got {beta}")
     return reduced(
