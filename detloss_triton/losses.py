@@ -139,8 +139,7 @@ class CrossEntropyLoss(Loss):
         self.use_sigmoid = use_sigmoid
         self.use_mask = use_mask
         self.class_weight = class_weight
-        # A buffer moves with the module, so no step copies it to the device; OTX's state dict has
-        # none.
+        # A buffer, so that it moves with the module; not saved, as OTX's state dict has none.
         weights = None if class_weight is None else torch.as_tensor(class_weight).float()
         self.register_buffer("_class_weight", weights, persistent=False)
         self.avg_non_ignore = avg_non_ignore
@@ -168,11 +167,8 @@ class CrossEntropyLoss(Loss):
         dimensions = _ROWS
         if self.use_sigmoid and weight is not None and _has_entries(weight, cls_score):
             dimensions = _COLUMN if weight.shape[-1] == 1 else _ENTRIES
-        self._check(
-            cls_score=(cls_score, _ENTRIES),
-            label=(label, _ENTRIES if dense else _ROWS),
-            weight=(weight, dimensions),
-        )
+        labels = (label, _ENTRIES if dense else _ROWS)
+        self._check(cls_score=(cls_score, _ENTRIES), label=labels, weight=(weight, dimensions))
         if not dense:
             label = self._labels("label", label)
         kept = label >= 0
@@ -284,30 +280,18 @@ class CrossSigmoidFocalLoss(Loss):
         targets = self._labels("targets", targets)
         if valid_label_mask is not None:
             valid_label_mask = valid_label_mask.expand(pred.shape)
-        rest: dict[str, Any] = {
-            "override": reduction,
-            "alpha": self.alpha,
-            "gamma": self.gamma,
-        }
+        op = classification.sigmoid_focal
+        rest: dict[str, Any] = {"override": reduction, "alpha": self.alpha, "gamma": self.gamma}
         if reduction == "none":
             if weight is not None:
                 weight = _by_entry(weight, pred)
             if valid_label_mask is not None:
                 weight = valid_label_mask if weight is None else weight * valid_label_mask
             entries = classification.dense(pred, _one_hot(targets, pred))
-            return self._reduced(classification.sigmoid_focal, *entries, weight=weight, **rest)
-        return self._reduced(
-            classification.sigmoid_focal,
-            pred,
-            targets,
-            None,
-            valid_label_mask,
-            weight=weight,
-            avg_factor=avg_factor if reduction == "mean" else None,
-            avg_eps=0.0,
-            count=pred.numel(),
-            **rest,
-        )
+            return self._reduced(op, *entries, weight=weight, **rest)
+        if reduction == "mean":
+            rest |= {"avg_factor": avg_factor, "avg_eps": 0.0, "count": pred.numel()}
+        return self._reduced(op, pred, targets, None, valid_label_mask, weight=weight, **rest)
 
 
 class QualityFocalLoss(Loss):
@@ -349,16 +333,10 @@ class QualityFocalLoss(Loss):
             target: (label (...,), score (...,)), a label outside [0, C) is background; or (..., C).
             weight: (...,). Returns (...,) for "none".
         """
-        rest: dict[str, Any] = {
-            "avg_factor": avg_factor,
-            "override": reduction_override,
-            "beta": self.beta,
-        }
-        checked: dict[str, tuple[Any, Dimensions]] = {
-            "pred": (pred, _ENTRIES),
-            "weight": (weight, _ROWS),
-        }
         op = classification.quality_focal
+        rest: dict[str, Any] = {"avg_factor": avg_factor, "override": reduction_override}
+        rest["beta"] = self.beta
+        checked: dict[str, Any] = {"pred": (pred, _ENTRIES), "weight": (weight, _ROWS)}
         if isinstance(target, (tuple, list)):
             if len(target) != 2:
                 raise ValueError(
@@ -370,14 +348,9 @@ class QualityFocalLoss(Loss):
             pred = _logit(pred) if self.activated else pred
             return self._reduced(op, pred, label, score, None, weight=weight, **rest)
         self._check(**checked, target=(target, _ENTRIES))
-        pred = _logit(pred) if self.activated else pred
-        losses = self._reduced(
-            op,
-            *classification.dense(pred, target),
-            weight=None if weight is None else _by_entry(weight, pred),
-            count=pred.shape[:-1].numel(),
-            **rest,
-        )
+        entries = classification.dense(_logit(pred) if self.activated else pred, target)
+        weight = None if weight is None else _by_entry(weight, pred)
+        losses = self._reduced(op, *entries, weight=weight, count=pred.shape[:-1].numel(), **rest)
         return losses.sum(-1) if losses.dim() > 0 else losses
 
 
@@ -411,11 +384,8 @@ class _BoxLoss(Loss):
             which the mean is taken. Returns (...,) for "none".
         """
         of_sides = _has_entries(weight, pred)
-        self._check(
-            pred=(pred, _BOXES),
-            target=(target, _BOXES),
-            weight=(weight, _BOXES if of_sides else _ROWS),
-        )
+        dimensions = _BOXES if of_sides else _ROWS
+        self._check(pred=(pred, _BOXES), target=(target, _BOXES), weight=(weight, dimensions))
         if weight is not None and of_sides:
             weight = at_least_float32(weight).mean(-1)
         return self._reduced(
@@ -463,10 +433,7 @@ class GIoULoss(_BoxLoss):
     _op = regression.giou_loss
 
     def __init__(
-        self,
-        eps: float = regression.GIOU_EPS,
-        reduction: str = "mean",
-        loss_weight: float = 1.0,
+        self, eps: float = regression.GIOU_EPS, reduction: str = "mean", loss_weight: float = 1.0
     ) -> None:
         super().__init__(reduction, loss_weight)
         self.eps = eps
@@ -493,17 +460,12 @@ class L1Loss(Loss):
         """
         self._check(pred=(pred, _ROWS), target=(target, _ROWS))
         if weight is not None:
-            by_row = not _has_entries(weight, pred)
-            self._check(weight=(weight, tuple(pred.shape[:-1] if by_row else pred.shape)))
+            rows = pred.shape if _has_entries(weight, pred) else pred.shape[:-1]
+            self._check(pred=(pred, _ROWS), weight=(weight, tuple(rows)))
             weight = _by_entry(weight, pred)
-        return self._reduced(
-            regression.l1,
-            pred.unsqueeze(-1),
-            target.unsqueeze(-1),
-            weight=weight,
-            avg_factor=avg_factor,
-            override=reduction_override,
-        )
+        pred, target = pred.unsqueeze(-1), target.unsqueeze(-1)
+        rest: dict[str, Any] = {"avg_factor": avg_factor, "override": reduction_override}
+        return self._reduced(regression.l1, pred, target, weight=weight, **rest)
 
 
 class BCELoss(nn.Module):

@@ -14,7 +14,7 @@ from detloss_triton.backend import kernels
 from detloss_triton.boxes import Columns, area, columns, hull, overlap
 from detloss_triton.engine import TILE, Input, Sample, Tile, power_of_2, row_loss
 
-# The least union that the plain IoU divides by, apart from the least IoU that a loss may ask for.
+# The least union of a plain IoU; the least IoU is a loss's own `eps`.
 UNION_EPS = 1e-6
 # The least union and hull of a GIoU, in criteria and in matching.
 GIOU_EPS = 1e-6
