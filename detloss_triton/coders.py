@@ -153,11 +153,7 @@ class DistancePointBBoxCoder:
         self.encode_size = encode_size
 
     def encode(
-        self,
-        points: Tensor,
-        gt_bboxes: Tensor,
-        max_dis: float | None = None,
-        eps: float = 0.1,
+        self, points: Tensor, gt_bboxes: Tensor, max_dis: float | None = None, eps: float = 0.1
     ) -> Tensor:
         """Distances (..., 4) from points (..., 2) to boxes (..., 4), within [0, max_dis - eps]."""
         _check(self, ("gt_bboxes", gt_bboxes), ("points", points), 2)

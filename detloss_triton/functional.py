@@ -29,13 +29,7 @@ from torch import Tensor
 from . import backend
 from .ops import regression
 from .ops.assignment import linear_sum_assignment
-from .ops.classification import (
-    binary_cross_entropy,
-    dense,
-    quality_focal,
-    sigmoid_focal,
-    varifocal,
-)
+from .ops.classification import binary_cross_entropy, dense, quality_focal, sigmoid_focal, varifocal
 from .ops.distribution import two_bin, two_bins
 from .reduction import reduced
 from .shapes import Dimensions, check_shapes
@@ -101,11 +95,7 @@ def binary_cross_entropy_with_logits(
 
 
 def sigmoid_focal_loss(
-    inputs: Tensor,
-    targets: Tensor,
-    alpha: float = 0.25,
-    gamma: float = 2,
-    reduction: str = "none",
+    inputs: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2, reduction: str = "none"
 ) -> Tensor:
     """Focal loss (Lin et al., 2017, https://arxiv.org/abs/1708.02002), as torchvision's.
 
@@ -195,12 +185,7 @@ def distribution_focal_loss(
 
 
 def iou_loss(
-    boxes1: Tensor,
-    boxes2: Tensor,
-    *,
-    mode: str = "log",
-    eps: float = 1e-6,
-    reduction: str = "mean",
+    boxes1: Tensor, boxes2: Tensor, *, mode: str = "log", eps: float = 1e-6, reduction: str = "mean"
 ) -> Tensor:
     """IoU loss: -log IoU (Yu et al., 2016), 1 - IoU^2 ("square") or 1 - IoU ("linear").
 

@@ -126,7 +126,12 @@ def run_set(name: str) -> None:
 
 # By side: an op, the module of its kernel, the kernel, and a mask to take out of its source.
 PLANTED = {
-    "behind": ("binary_cross_entropy", "classes", "class_kernel", ", mask=m_tile, other=0.0"),
+    "behind": (
+        "binary_cross_entropy",
+        "classes",
+        "class_kernel",
+        " & (column < n_features)[None, :]",
+    ),
     "before": ("match_cost", "matching", "match_cost_kernel", "(label >= 0) & "),
 }
 
