@@ -61,3 +61,8 @@ __all__ = [
     "use_backend",
     "validation",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names: importing them binds modules here too, which are no part of the API."""
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

@@ -67,9 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         help="versions of this library, Python, torch and Triton",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    info = commands.add_parser(
-        "info", help="versions, devices, and which backend would run and why"
-    )
+    info = commands.add_parser("info", help="versions, devices, which backend would run and why")
     info.set_defaults(run=_info)
 
     check = commands.add_parser("check", help="compare every op with its reference, here")
@@ -286,11 +284,7 @@ def _default_steps() -> str:
 
 
 def _default_device() -> torch.device:
-    if torch.accelerator.is_available():
-        accelerator = torch.accelerator.current_accelerator()
-        if accelerator is not None:
-            return accelerator
-    return torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def _device(text: str) -> torch.device:

@@ -12,6 +12,7 @@ from torch import Tensor
 from .boxes import ltrb
 from .ops import coding
 from .precision import at_least_float32
+from .shapes import Dimensions, check_shapes
 
 MaxShape = Sequence[int] | Tensor | None
 
@@ -27,35 +28,35 @@ def _clipped(boxes: Tensor, max_shape: MaxShape) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), limits)
 
 
-def _check(coder: object, codes: tuple[str, Any], origins: tuple[str, Any], columns: int) -> None:
+def _check(
+    coder: object,
+    codes: tuple[str, Any],
+    origins: tuple[str, Any],
+    columns: int,
+    weight: Tensor | None = None,
+) -> None:
     """Raise unless codes (or boxes) are (..., 4), and what they start from has their rows.
 
-    Origins may lack leading dimensions, as anchors that all images share: a row stands for one row.
+    Origins may lack leading dimensions, as anchors that all images share.
 
     Raises:
         TypeError: for what is no tensor.
         ValueError: for another shape; it names coder and argument.
     """
-    for name, x in (codes, origins):
-        if not isinstance(x, Tensor):
-            raise TypeError(
-                f"{type(coder).__name__}: {name} must be a tensor, got {type(x).__name__}"
-            )
+    place = type(coder).__name__
     (name, x), (origin, y) = codes, origins
-    if x.dim() == 0 or x.shape[-1] != 4:
-        raise ValueError(
-            f"{type(coder).__name__}: {name} must have shape (..., 4), got {tuple(x.shape)}"
-        )
+    arguments: dict[str, tuple[Any, Dimensions]] = {name: (x, (..., 4))}
+    if weight is not None:
+        arguments["weight"] = (weight, (...,))
+    check_shapes(place, **arguments)
+    # Points may have strides beside them.
+    is_wide = columns == 2 and isinstance(y, Tensor) and y.dim() > 0 and y.shape[-1] > 2
+    check_shapes(place, **{origin: (y, (..., "columns" if is_wide else columns))})
     rows, given = x.shape[:-1], y.shape[:-1]
-    if y.dim() == 0 or y.shape[-1] < columns or (columns == 4 and y.shape[-1] > 4):
-        raise ValueError(
-            f"{type(coder).__name__}: {origin} must have shape (..., {columns}), "
-            f"got {tuple(y.shape)}"
-        )
     if len(given) > len(rows) or rows[len(rows) - len(given) :] != given:
         raise ValueError(
-            f"{type(coder).__name__}: {origin} must have the rows of {name}, {tuple(rows)} or the "
-            f"last of these dimensions, got {tuple(y.shape)}"
+            f"{place}: {origin} must have the rows of {name}, {tuple(rows)} or the last of these "
+            f"dimensions, got {tuple(y.shape)}"
         )
 
 
@@ -97,7 +98,7 @@ class DeltaXYWHBBoxCoder:
         p_centre, p_size = _centre_size(at_least_float32(bboxes))
         g_centre, g_size = _centre_size(at_least_float32(gt_bboxes))
         shift, log_ratio = (g_centre - p_centre) / p_size, torch.log(g_size / p_size)
-        # Column by column: a tensor of the constants would be a copy to the device at every call.
+        # Column by column, as a tensor of the constants would be copied to the device each time.
         deltas = torch.cat([shift, log_ratio], -1).unbind(-1)
         normalised = zip(deltas, self.means, self.stds, strict=True)
         return torch.stack([(d - mean) / std for d, mean, std in normalised], -1)
@@ -119,7 +120,7 @@ class DeltaXYWHBBoxCoder:
             weight: (...,), a factor of each box; one of weight 0 is 0 whatever its deltas hold, and
                 so is their gradient.
         """
-        _check(self, ("pred_bboxes", pred_bboxes), ("bboxes", bboxes), 4)
+        _check(self, ("pred_bboxes", pred_bboxes), ("bboxes", bboxes), 4, weight)
         boxes = coding.delta_decode(
             pred_bboxes,
             bboxes.expand(pred_bboxes.shape),
@@ -152,11 +153,7 @@ class DistancePointBBoxCoder:
         self.encode_size = encode_size
 
     def encode(
-        self,
-        points: Tensor,
-        gt_bboxes: Tensor,
-        max_dis: float | None = None,
-        eps: float = 0.1,
+        self, points: Tensor, gt_bboxes: Tensor, max_dis: float | None = None, eps: float = 0.1
     ) -> Tensor:
         """Distances (..., 4) from points (..., 2) to boxes (..., 4), within [0, max_dis - eps]."""
         _check(self, ("gt_bboxes", gt_bboxes), ("points", points), 2)
@@ -174,7 +171,7 @@ class DistancePointBBoxCoder:
 
         A box of weight (...,) 0 is 0 whatever its distances hold, and so is their gradient.
         """
-        _check(self, ("pred_bboxes", pred_bboxes), ("points", points), 2)
+        _check(self, ("pred_bboxes", pred_bboxes), ("points", points), 2, weight)
         point = points[..., :2].expand(*pred_bboxes.shape[:-1], 2)
         boxes = coding.distance_decode(pred_bboxes, point, weight=weight)
         return _clipped(boxes, max_shape if self.clip_border else None)

@@ -1,13 +1,22 @@
-"""The losses as functions: torchvision's names and argument order where it has them.
+"""The losses as functions.
+
+Tensors come first, and everything else is keyword-only, but for `smooth_l1_loss`, which has OTX's
+signature, and for what torchvision has too, which has torchvision's names and order.
+
+- `inputs` are logits. They meet `targets`, a value for each entry, or `labels` and `scores`, a
+  class and its value for each row.
+- `boxes1` and `boxes2` are boxes xyxy, `pred` and `target` coordinates: either side may carry
+  gradients.
+- `weight` is a factor of each loss, of the shape that `reduction="none"` returns.
+- `reduction` is "none", "mean" or "sum". A mean is over all losses, whatever they weigh.
 
 Everything computes in float32 (float64 where a tensor is) and returns that, whatever the dtype:
 half precision, integers and masks are for storage. Gradients come back in the input's dtype. Where
-the reduction sums losses, they are never written out. `reduction` is "none", "mean" or "sum"
-throughout.
+the reduction sums losses, they are never written out.
 
-Every function raises ValueError for another reduction, for shapes or devices that disagree, for
-labels that are not integers, and for targets, scores or weights that require a gradient, as none
-is defined; TypeError for what is no tensor.
+Every function raises TypeError for what is no tensor; ValueError for another reduction, for shapes
+or devices that disagree, for labels that are not integers, and for targets, labels, scores or
+weights that require a gradient, as none is defined.
 """
 
 from __future__ import annotations
@@ -18,8 +27,10 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .ops import classification, distribution, regression
+from .ops import regression
 from .ops.assignment import linear_sum_assignment
+from .ops.classification import binary_cross_entropy, dense, quality_focal, sigmoid_focal, varifocal
+from .ops.distribution import two_bin, two_bins
 from .reduction import reduced
 from .shapes import Dimensions, check_shapes
 
@@ -39,32 +50,38 @@ __all__ = [
     "varifocal_loss",
 ]
 
-
-# Arguments without a gradient; boxes and coordinates have one, on either side.
-_CONSTANTS = ("targets", "labels", "scores", "weight")
+_OPTIONAL = ("weight", "row_weight")
+_CONSTANT = ("targets", "labels", "scores", *_OPTIONAL)
 
 
 def _check(place: str, /, **arguments: tuple[Any, Dimensions]) -> None:
-    """Raise unless the arguments fit each other, in a message of the caller's names; see above."""
-    if arguments.get("weight", (0,))[0] is None:
-        del arguments["weight"]
-    check_shapes(place, **arguments)
-    for name, (x, _) in arguments.items():
+    """Raise unless the arguments fit each other; an error names the function and the argument."""
+    given = {k: v for k, v in arguments.items() if v[0] is not None or k not in _OPTIONAL}
+    check_shapes(place, **given)
+    for name, (x, _) in given.items():
         if x.is_complex() or (name == "labels" and x.is_floating_point() and x.numel() > 0):
             expected = "integers" if name == "labels" else "real numbers"
             raise ValueError(f"{place}: {name} must hold {expected}, got {x.dtype}")
-        if name in _CONSTANTS and x.requires_grad:
+        if name in _CONSTANT and x.requires_grad:
             raise ValueError(f"{place}: no gradient is defined for {name}; detach it first")
-        if x.dtype == torch.float64 and name != "weight":
+        if x.dtype == torch.float64 and name not in _OPTIONAL:
             backend.refuse_double(f"{place}: {name}", x.device)
 
 
-def _check_labelled(place: str, inputs: Tensor, labels: Tensor, scores: Tensor) -> None:
-    _check(place, inputs=(inputs, (..., "C")), labels=(labels, (...,)), scores=(scores, (...,)))
+def _check_entries(place: str, /, **entries: Tensor | None) -> None:
+    _check(place, **{name: (x, (...,)) for name, x in entries.items()})
+
+
+def _check_rows(place: str, inputs: Tensor, /, **rows: Tensor | None) -> None:
+    _check(place, inputs=(inputs, (..., "C")), **{name: (x, (...,)) for name, x in rows.items()})
+
+
+def _check_boxes(place: str, boxes1: Tensor, boxes2: Tensor) -> None:
+    _check(place, boxes1=(boxes1, (..., 4)), boxes2=(boxes2, (..., 4)))
 
 
 def binary_cross_entropy_with_logits(
-    inputs: Tensor, targets: Tensor, weight: Tensor | None = None, reduction: str = "mean"
+    inputs: Tensor, targets: Tensor, *, weight: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
     """Binary cross-entropy of logits and soft targets: softplus(x) - x t.
 
@@ -72,21 +89,13 @@ def binary_cross_entropy_with_logits(
         inputs: any, logits. targets: the same, in [0, 1]. weight: the same, or None.
     """
     place = "binary_cross_entropy_with_logits"
-    _check(place, inputs=(inputs, (...,)), targets=(targets, (...,)), weight=(weight, (...,)))
-    return reduced(
-        classification.binary_cross_entropy,
-        *(inputs.unsqueeze(-1), None, targets, None),
-        weight=weight,
-        reduction=reduction,
-    )
+    _check_entries(place, inputs=inputs, targets=targets, weight=weight)
+    entries = dense(inputs, targets)
+    return reduced(binary_cross_entropy, *entries, weight=weight, reduction=reduction)
 
 
 def sigmoid_focal_loss(
-    inputs: Tensor,
-    targets: Tensor,
-    alpha: float = 0.25,
-    gamma: float = 2,
-    reduction: str = "none",
+    inputs: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2, reduction: str = "none"
 ) -> Tensor:
     """Focal loss (Lin et al., 2017, https://arxiv.org/abs/1708.02002), as torchvision's.
 
@@ -99,18 +108,13 @@ def sigmoid_focal_loss(
     Shapes:
         inputs: any, logits. targets: the same, 0 or 1 (values between are interpolated).
     """
-    _check("sigmoid_focal_loss", inputs=(inputs, (...,)), targets=(targets, (...,)))
-    return reduced(
-        classification.sigmoid_focal,
-        *(inputs.unsqueeze(-1), None, targets, None),
-        reduction=reduction,
-        alpha=alpha,
-        gamma=gamma,
-    )
+    _check_entries("sigmoid_focal_loss", inputs=inputs, targets=targets)
+    entries = dense(inputs, targets)
+    return reduced(sigmoid_focal, *entries, reduction=reduction, alpha=alpha, gamma=gamma)
 
 
 def quality_focal_loss(
-    inputs: Tensor, labels: Tensor, scores: Tensor, beta: float = 2.0, reduction: str = "none"
+    inputs: Tensor, labels: Tensor, scores: Tensor, *, beta: float = 2.0, reduction: str = "none"
 ) -> Tensor:
     """Quality focal loss (Li et al., 2020, https://arxiv.org/abs/2006.04388), summed over classes.
 
@@ -120,16 +124,15 @@ def quality_focal_loss(
         inputs: (..., C) logits. labels: (...,) int, outside [0, C) for background.
         scores: (...,) in [0, 1], the quality (IoU) of the prediction. Returns (...,) for "none".
     """
-    _check_labelled("quality_focal_loss", inputs, labels, scores)
-    return reduced(
-        classification.quality_focal, inputs, labels, scores, None, reduction=reduction, beta=beta
-    )
+    _check_rows("quality_focal_loss", inputs, labels=labels, scores=scores)
+    return reduced(quality_focal, inputs, labels, scores, None, reduction=reduction, beta=beta)
 
 
 def varifocal_loss(
     inputs: Tensor,
     labels: Tensor,
     scores: Tensor,
+    *,
     alpha: float = 0.75,
     gamma: float = 2.0,
     reduction: str = "none",
@@ -140,40 +143,30 @@ def varifocal_loss(
 
     Shapes: as `quality_focal_loss`.
     """
-    _check_labelled("varifocal_loss", inputs, labels, scores)
+    _check_rows("varifocal_loss", inputs, labels=labels, scores=scores)
     return reduced(
-        classification.varifocal,
-        *(inputs, labels, scores, None),
-        reduction=reduction,
-        alpha=alpha,
-        gamma=gamma,
+        varifocal, inputs, labels, scores, None, reduction=reduction, alpha=alpha, gamma=gamma
     )
 
 
 def cross_entropy(
-    inputs: Tensor, labels: Tensor, weight: Tensor | None = None, reduction: str = "mean"
+    inputs: Tensor, labels: Tensor, *, row_weight: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
     """Softmax cross-entropy of each row; a label outside [0, C) costs 0.
 
-    Unlike torch's, `weight` is of rows, not of classes, and a mean is over all rows, whatever they
-    weigh or cost.
+    torch's `weight`, a factor of each class, is `row_weight=class_weight[labels]` here; torch then
+    divides a mean by the sum of these factors, which is
+    `cross_entropy(..., reduction="sum") / row_weight.sum()`.
 
     Shapes:
-        inputs: (..., C) logits. labels: (...,) int. weight: (...,) factor of each row, or None.
+        inputs: (..., C) logits. labels: (...,) int. row_weight: (...,) factor of each row, or None.
     """
-    _check(
-        "cross_entropy",
-        inputs=(inputs, (..., "C")),
-        labels=(labels, (...,)),
-        weight=(weight, (...,)),
-    )
-    return reduced(
-        distribution.two_bin, inputs, labels, None, None, weight=weight, reduction=reduction
-    )
+    _check_rows("cross_entropy", inputs, labels=labels, row_weight=row_weight)
+    return reduced(two_bin, inputs, labels, None, None, weight=row_weight, reduction=reduction)
 
 
 def distribution_focal_loss(
-    inputs: Tensor, targets: Tensor, weight: Tensor | None = None, reduction: str = "none"
+    inputs: Tensor, targets: Tensor, *, weight: Tensor | None = None, reduction: str = "none"
 ) -> Tensor:
     """Distribution focal loss (Li et al., 2020, https://arxiv.org/abs/2006.04388).
 
@@ -184,34 +177,26 @@ def distribution_focal_loss(
         inputs: (..., bins) logits. targets: (...,) in [0, bins - 1), clamped into it.
         weight: (...,), or None. Returns (...,) for "none".
     """
-    _check(
-        "distribution_focal_loss",
-        inputs=(inputs, (..., "bins")),
-        targets=(targets, (...,)),
-        weight=(weight, (...,)),
-    )
-    left, right_weight = distribution.two_bins(targets, inputs.shape[-1])
+    _check_rows("distribution_focal_loss", inputs, targets=targets, weight=weight)
+    left, of_right = two_bins(targets, inputs.shape[-1])
     return reduced(
-        distribution.two_bin,
-        *(inputs, left, 1 - right_weight, right_weight),
-        weight=weight,
-        reduction=reduction,
+        two_bin, inputs, left, 1 - of_right, of_right, weight=weight, reduction=reduction
     )
 
 
 def iou_loss(
-    pred: Tensor, target: Tensor, mode: str = "log", eps: float = 1e-6, reduction: str = "mean"
+    boxes1: Tensor, boxes2: Tensor, *, mode: str = "log", eps: float = 1e-6, reduction: str = "mean"
 ) -> Tensor:
     """IoU loss: -log IoU (Yu et al., 2016), 1 - IoU^2 ("square") or 1 - IoU ("linear").
 
     The IoU is at least eps, so disjoint boxes cost -log(eps) at most, with no gradient.
 
     Shapes:
-        pred, target: (..., 4) boxes xyxy. Returns (...,) for "none".
+        boxes1, boxes2: (..., 4) boxes xyxy. Returns (...,) for "none".
     """
-    _check("iou_loss", pred=(pred, (..., 4)), target=(target, (..., 4)))
+    _check_boxes("iou_loss", boxes1, boxes2)
     regression.check_iou_mode(mode)
-    return reduced(regression.iou_loss, pred, target, reduction=reduction, mode=mode, eps=eps)
+    return reduced(regression.iou_loss, boxes1, boxes2, reduction=reduction, mode=mode, eps=eps)
 
 
 def generalized_box_iou_loss(
@@ -221,10 +206,9 @@ def generalized_box_iou_loss(
 
     1 - IoU + (hull - union) / hull; union and hull at least eps.
 
-    Shapes:
-        boxes1, boxes2: (..., 4) boxes xyxy, both may carry gradients. Returns (...,) for "none".
+    Shapes: as `iou_loss`.
     """
-    _check("generalized_box_iou_loss", boxes1=(boxes1, (..., 4)), boxes2=(boxes2, (..., 4)))
+    _check_boxes("generalized_box_iou_loss", boxes1, boxes2)
     return reduced(regression.giou_loss, boxes1, boxes2, reduction=reduction, eps=eps)
 
 
@@ -235,9 +219,9 @@ def distance_box_iou_loss(
 
     1 - IoU + squared centre distance / squared diagonal of the hull; eps is added to denominators.
 
-    Shapes: as `generalized_box_iou_loss`.
+    Shapes: as `iou_loss`.
     """
-    _check("distance_box_iou_loss", boxes1=(boxes1, (..., 4)), boxes2=(boxes2, (..., 4)))
+    _check_boxes("distance_box_iou_loss", boxes1, boxes2)
     return reduced(regression.diou_loss, boxes1, boxes2, reduction=reduction, eps=eps)
 
 
@@ -258,29 +242,20 @@ def complete_box_iou_loss(
         differentiate_alpha: let gradients flow through alpha, as YOLOv9 does; torchvision and the
             paper hold it constant.
 
-    Shapes: as `generalized_box_iou_loss`.
+    Shapes: as `iou_loss`.
     """
-    _check("complete_box_iou_loss", boxes1=(boxes1, (..., 4)), boxes2=(boxes2, (..., 4)))
-    return reduced(
-        regression.ciou_loss,
-        *(boxes1, boxes2),
-        reduction=reduction,
-        eps=eps,
-        alpha_grad=differentiate_alpha,
-    )
+    _check_boxes("complete_box_iou_loss", boxes1, boxes2)
+    op, alpha_grad = regression.ciou_loss, differentiate_alpha
+    return reduced(op, boxes1, boxes2, reduction=reduction, eps=eps, alpha_grad=alpha_grad)
 
 
 def l1_loss(
-    pred: Tensor, target: Tensor, weight: Tensor | None = None, reduction: str = "mean"
+    pred: Tensor, target: Tensor, *, weight: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
     """|pred - target| of each entry. Shapes: pred, target, weight (or None): any, the same."""
-    _check("l1_loss", pred=(pred, (...,)), target=(target, (...,)), weight=(weight, (...,)))
-    return reduced(
-        regression.l1,
-        *(pred.unsqueeze(-1), target.unsqueeze(-1)),
-        weight=weight,
-        reduction=reduction,
-    )
+    _check_entries("l1_loss", pred=pred, target=target, weight=weight)
+    pred, target = pred.unsqueeze(-1), target.unsqueeze(-1)
+    return reduced(regression.l1, pred, target, weight=weight, reduction=reduction)
 
 
 def smooth_l1_loss(
@@ -300,12 +275,13 @@ def smooth_l1_loss(
     Shapes:
         pred, target, weight (or None): any, the same.
     """
-    _check("smooth_l1_loss", pred=(pred, (...,)), target=(target, (...,)), weight=(weight, (...,)))
+    _check_entries("smooth_l1_loss", pred=pred, target=target, weight=weight)
     if not beta > 0:
-        raise ValueError(f"beta must be positive, got {beta}")
+        raise ValueError(f"smooth_l1_loss: beta must be positive, got {beta}")
     return reduced(
         regression.smooth_l1,
-        *(pred.unsqueeze(-1), target.unsqueeze(-1)),
+        pred.unsqueeze(-1),
+        target.unsqueeze(-1),
         weight=weight,
         reduction=reduction,
         avg_factor=avg_factor,

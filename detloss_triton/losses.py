@@ -7,7 +7,7 @@ A box whose weight is 0 adds exactly nothing, whatever it holds. As in OTX, furt
 arguments are ignored. Gradients flow to predictions only: targets, weights and avg_factor that
 require one are detached.
 
-Raised before anything is computed: TypeError for what is no tensor, ValueError for an unknown
+Raised before anything is computed: TypeError for what is no tensor; ValueError for an unknown
 reduction, shapes or devices that disagree, labels that are not integers, an avg_factor of several
 numbers or with "sum".
 """
@@ -21,16 +21,23 @@ import torch
 from torch import Tensor, nn
 
 from .boxes import ltrb
+from .engine import RowOp
 from .ops import classification, distribution, regression
 from .ops.selection import first_set
 from .precision import arithmetic_dtype, as_indices, at_least_float32
 from .reduction import EPS32, check_reduction, reduced
 from .settings import described
-from .shapes import check_shapes
+from .shapes import Dimensions, check_shapes
 from .validate import check_count
 
 if TYPE_CHECKING:
     from .vec2box import Vec2Box
+
+_ROWS: Dimensions = (...,)
+_ENTRIES: Dimensions = (..., "C")
+_BOXES: Dimensions = (..., 4)
+_COLUMN: Dimensions = (..., 1)
+_OPTIONAL = ("weight", "valid_label_mask")
 
 
 class Loss(nn.Module):
@@ -50,39 +57,33 @@ class Loss(nn.Module):
     def extra_repr(self) -> str:
         return described(self)
 
+    def _chosen(self, override: str | None) -> str:
+        """The reduction of a call."""
+        return self.reduction if override is None else override
+
     def _reduced(
         self,
-        op: Any,
+        op: RowOp,
         pred: Tensor,
         *constants: Tensor | None,
         override: str | None,
         weight: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        reduction = self.reduction if override is None else override
         return reduced(
-            *(op, pred, *map(_detached, constants)),
+            op,
+            pred,
+            *map(_detached, constants),
             weight=_detached(weight),
-            reduction=reduction,
+            reduction=self._chosen(override),
             scale=self.loss_weight,
             **kwargs,
         )
 
-    def _check(self, pred: Any, rows: Sequence[int] | None = None, **others: Any) -> None:
-        """Raise unless the others are tensors on pred's device, with its rows if they are given."""
-        place = type(self).__name__
-        for name, x in others.items():
-            if not isinstance(x, Tensor):
-                raise TypeError(f"{place}: {name} must be a tensor, got {type(x).__name__}")
-            if rows is not None and x.shape != tuple(rows):
-                raise ValueError(
-                    f"{place}: {name} must have shape {tuple(rows)}, got {tuple(x.shape)}"
-                )
-            if x.device != pred.device and x.numel() > 0:
-                raise ValueError(
-                    f"{place}: {name} must be on {pred.device} as the predictions are, "
-                    f"got {x.device}"
-                )
+    def _check(self, **arguments: tuple[Any, Dimensions]) -> None:
+        """Raise unless the arguments are tensors that fit each other; None where optional."""
+        given = {k: v for k, v in arguments.items() if v[0] is not None or k not in _OPTIONAL}
+        check_shapes(type(self).__name__, **given)
 
     def _labels(self, name: str, labels: Tensor) -> Tensor:
         """Labels as integers wide enough for any number of classes."""
@@ -95,6 +96,21 @@ class Loss(nn.Module):
 
 def _detached(x: Tensor | None) -> Tensor | None:
     return x.detach() if x is not None and x.requires_grad else x
+
+
+def _has_entries(x: Any, pred: Any) -> bool:
+    """Whether x has as many dimensions as the predictions: a value for each entry, not row."""
+    return isinstance(x, Tensor) and isinstance(pred, Tensor) and x.dim() == pred.dim()
+
+
+def _by_entry(x: Tensor, pred: Tensor) -> Tensor:
+    """Factors of rows, or of entries, as factors of entries."""
+    return (x if _has_entries(x, pred) else x.unsqueeze(-1)).expand(pred.shape)
+
+
+def _one_hot(labels: Tensor, pred: Tensor) -> Tensor:
+    classes = torch.arange(pred.shape[-1], device=pred.device)
+    return (labels.unsqueeze(-1) == classes).to(torch.float32)
 
 
 class CrossEntropyLoss(Loss):
@@ -124,7 +140,7 @@ class CrossEntropyLoss(Loss):
         self.use_sigmoid = use_sigmoid
         self.use_mask = use_mask
         self.class_weight = class_weight
-        # Moves with the module, so that no step copies it to the device; not in the state dict.
+        # A buffer, so that it moves with the module; not saved, as OTX's state dict has none.
         weights = None if class_weight is None else torch.as_tensor(class_weight).float()
         self.register_buffer("_class_weight", weights, persistent=False)
         self.avg_non_ignore = avg_non_ignore
@@ -148,29 +164,34 @@ class CrossEntropyLoss(Loss):
                 those equal to `ignore_index`, weigh 0.
             weight: (...,), or with `use_sigmoid` also (..., 1) or the scores' shape.
         """
-        rows, entries = cls_score.shape[:-1], cls_score.shape
-        dense = self.use_sigmoid and isinstance(label, Tensor) and label.dim() == len(entries)
-        self._check(cls_score, entries if dense else rows, label=label)
+        dense = self.use_sigmoid and _has_entries(label, cls_score)
+        dimensions = _ROWS
+        if self.use_sigmoid and weight is not None and _has_entries(weight, cls_score):
+            dimensions = _COLUMN if weight.shape[-1] == 1 else _ENTRIES
+        labels = (label, _ENTRIES if dense else _ROWS)
+        self._check(cls_score=(cls_score, _ENTRIES), label=labels, weight=(weight, dimensions))
         if not dense:
             label = self._labels("label", label)
-        if weight is not None:
-            of_entries = self.use_sigmoid and weight.shape in (entries, (*rows, 1))
-            self._check(cls_score, None if of_entries else rows, weight=weight)
+        kept = label >= 0
+        if ignore_index >= 0:
+            kept = kept & (label != ignore_index)
+        n_losses = cls_score.numel() if self.use_sigmoid else label.numel()
+        rest: dict[str, Any] = {"avg_factor": avg_factor, "override": reduction_override}
+        if (
+            avg_factor is None
+            and self.avg_non_ignore
+            and self._chosen(reduction_override) == "mean"
+        ):
+            rest["avg_factor"] = kept.sum() * (n_losses // max(kept.numel(), 1))
         if self.use_sigmoid:
-            return self._sigmoid(
-                cls_score, label, weight, avg_factor, reduction_override, ignore_index
-            )
-        kept = _kept(label, ignore_index)
+            return self._sigmoid(cls_score, label, kept, weight, **rest)
         if self.class_weight is not None:
             # Whatever class stands in for a label that is none, its row costs 0.
-            of_label = self._weights_for(cls_score)[label.clamp(0, entries[-1] - 1)]
+            of_label = self._weights_for(cls_score)[label.clamp(0, cls_score.shape[-1] - 1)]
             weight = of_label if weight is None else weight * of_label
+        label = label.masked_fill(~kept, -1)
         return self._reduced(
-            distribution.two_bin,
-            *(cls_score, label.masked_fill(~kept, -1), None, None),
-            weight=weight,
-            avg_factor=self._divisor(avg_factor, reduction_override, kept, label.numel()),
-            override=reduction_override,
+            distribution.two_bin, cls_score, label, None, None, weight=weight, **rest
         )
 
     def _weights_for(self, scores: Tensor) -> Tensor:
@@ -184,77 +205,27 @@ class CrossEntropyLoss(Loss):
             return torch.as_tensor(self.class_weight, dtype=torch.float64, device=scores.device)
         return self._class_weight.to(scores.device)
 
-    def _divisor(
-        self,
-        avg_factor: float | Tensor | None,
-        override: str | None,
-        kept: Tensor,
-        n_losses: int,
-    ) -> float | Tensor | None:
-        """`avg_factor`; or with `avg_non_ignore`, how many of the losses a mean is over."""
-        reduction = self.reduction if override is None else override
-        if avg_factor is not None or not self.avg_non_ignore or reduction != "mean":
-            return avg_factor
-        return kept.sum() * (n_losses // max(kept.numel(), 1))
-
     def _sigmoid(
-        self,
-        score: Tensor,
-        label: Tensor,
-        weight: Tensor | None,
-        avg_factor: float | Tensor | None,
-        override: str | None,
-        ignore_index: int,
+        self, score: Tensor, label: Tensor, kept: Tensor, weight: Tensor | None, **rest: Any
     ) -> Tensor:
-        """Entry by entry where a target or weight of each entry is given, else row by row."""
-        kept = _kept(label, ignore_index)
-        dense = label.dim() == score.dim()
-        each = (override or self.reduction) == "none"
-        if self.class_weight is None and not dense and not each and _is_row(weight, label):
+        """Row by row where that says all, else entry by entry."""
+        bce, dense = classification.binary_cross_entropy, classification.dense
+        by_row = not _has_entries(label, score) and not _has_entries(weight, score)
+        if by_row and self.class_weight is None and self._chosen(rest["override"]) != "none":
+            weight = kept if weight is None else weight * kept
             return self._reduced(
-                classification.binary_cross_entropy,
-                *(score, label, None, None),
-                weight=kept if weight is None else weight * kept,
-                avg_factor=self._divisor(avg_factor, override, kept, score.numel()),
-                count=score.numel(),
-                override=override,
+                bce, score, label, None, None, weight=weight, count=score.numel(), **rest
             )
-        if dense:
-            target = label.detach()
-        else:
-            classes = torch.arange(score.shape[-1], device=score.device)
-            target = (label.unsqueeze(-1) == classes).to(torch.float32)
+        target = label if _has_entries(label, score) else _one_hot(label, score)
         kept = _by_entry(kept, score)
-        weight = kept if weight is None else _by_entry(weight.detach(), score) * kept
-        rest: dict[str, Any] = {
-            "avg_factor": self._divisor(avg_factor, override, kept, score.numel()),
-            "override": override,
-        }
-        op, x = classification.binary_cross_entropy, score.unsqueeze(-1)
-        loss = self._reduced(op, x, None, target, None, weight=weight, **rest)
+        weight = kept if weight is None else _by_entry(weight, score) * kept
+        loss = self._reduced(bce, *dense(score, target), weight=weight, **rest)
         if self.class_weight is not None:
             # pos_weight multiplies the positive part t softplus(-x) = t BCE(x, 1) only.
-            extra = self._weights_for(score) - 1
-            weight = weight * target * extra
-            loss = loss + self._reduced(
-                op, x, None, torch.ones_like(target), None, weight=weight, **rest
-            )
+            extra = weight * target * (self._weights_for(score) - 1)
+            ones = torch.ones_like(target)
+            loss = loss + self._reduced(bce, *dense(score, ones), weight=extra, **rest)
         return loss
-
-
-def _kept(label: Tensor, ignore_index: int) -> Tensor:
-    """Where a label or a target counts: a negative one never does."""
-    kept = label >= 0
-    return kept if ignore_index < 0 else kept & (label != ignore_index)
-
-
-def _by_entry(x: Tensor, score: Tensor) -> Tensor:
-    """A factor of rows, or of entries, as one of each entry."""
-    return (x.unsqueeze(-1) if x.dim() < score.dim() else x).expand_as(score)
-
-
-def _is_row(weight: Tensor | None, label: Tensor) -> bool:
-    return weight is None or weight.dim() == label.dim()
 
 
 class CrossSigmoidFocalLoss(Loss):
@@ -297,40 +268,31 @@ class CrossSigmoidFocalLoss(Loss):
             with "none" (..., C). valid_label_mask: (..., C) or (..., 1), factor of each entry.
             Returns (..., C) for "none".
         """
-        reduction = self.reduction if reduction_override is None else reduction_override
+        reduction = self._chosen(reduction_override)
         check_reduction(reduction)
-        rows = pred.shape[:-1]
-        self._check(pred, rows, targets=targets)
+        by_entry = reduction == "none" and _has_entries(weight, pred)
+        one_mask = isinstance(valid_label_mask, Tensor) and valid_label_mask.shape[-1:] == (1,)
+        self._check(
+            pred=(pred, _ENTRIES),
+            targets=(targets, _ROWS),
+            weight=(weight, _ENTRIES if by_entry else _ROWS),
+            valid_label_mask=(valid_label_mask, _COLUMN if one_mask else _ENTRIES),
+        )
         targets = self._labels("targets", targets)
-        if weight is not None:
-            by_entry = reduction == "none" and weight.shape == pred.shape
-            self._check(pred, None if by_entry else rows, weight=weight)
         if valid_label_mask is not None:
-            by_row = valid_label_mask.shape == (*rows, 1)
-            self._check(pred, None if by_row else pred.shape, valid_label_mask=valid_label_mask)
             valid_label_mask = valid_label_mask.expand(pred.shape)
-        rest: dict[str, Any] = {"alpha": self.alpha, "gamma": self.gamma}
+        op = classification.sigmoid_focal
+        rest: dict[str, Any] = {"override": reduction, "alpha": self.alpha, "gamma": self.gamma}
         if reduction == "none":
-            classes = torch.arange(pred.shape[-1], device=pred.device)
-            one_hot = (targets.unsqueeze(-1) == classes).to(torch.float32)
             if weight is not None:
-                weight = (weight if by_entry else weight.unsqueeze(-1)).expand(pred.shape)
+                weight = _by_entry(weight, pred)
             if valid_label_mask is not None:
                 weight = valid_label_mask if weight is None else weight * valid_label_mask
-            inputs = (pred.unsqueeze(-1), None, one_hot, None)
-            return self._reduced(
-                classification.sigmoid_focal, *inputs, weight=weight, override="none", **rest
-            )
-        return self._reduced(
-            classification.sigmoid_focal,
-            *(pred, targets, None, valid_label_mask),
-            weight=weight,
-            avg_factor=avg_factor if reduction == "mean" else None,
-            avg_eps=0.0,
-            count=pred.numel(),
-            override=reduction,
-            **rest,
-        )
+            entries = classification.dense(pred, _one_hot(targets, pred))
+            return self._reduced(op, *entries, weight=weight, **rest)
+        if reduction == "mean":
+            rest |= {"avg_factor": avg_factor, "avg_eps": 0.0, "count": pred.numel()}
+        return self._reduced(op, pred, targets, None, valid_label_mask, weight=weight, **rest)
 
 
 class QualityFocalLoss(Loss):
@@ -372,32 +334,24 @@ class QualityFocalLoss(Loss):
             target: (label (...,), score (...,)), a label outside [0, C) is background; or (..., C).
             weight: (...,). Returns (...,) for "none".
         """
-        if weight is not None:
-            self._check(pred, pred.shape[:-1], weight=weight)
-        if self.activated:
-            pred = _logit(pred)
-        rest: dict[str, Any] = {
-            "weight": weight,
-            "avg_factor": avg_factor,
-            "override": reduction_override,
-            "beta": self.beta,
-        }
+        op = classification.quality_focal
+        rest: dict[str, Any] = {"avg_factor": avg_factor, "override": reduction_override}
+        rest["beta"] = self.beta
+        checked: dict[str, Any] = {"pred": (pred, _ENTRIES), "weight": (weight, _ROWS)}
         if isinstance(target, (tuple, list)):
             if len(target) != 2:
-                raise ValueError(f"target must be (label, score), got {len(target)} entries")
+                raise ValueError(
+                    f"QualityFocalLoss: target must be (label, score), got {len(target)} entries"
+                )
             label, score = target
-            self._check(pred, pred.shape[:-1], label=label, score=score)
+            self._check(**checked, label=(label, _ROWS), score=(score, _ROWS))
             label = self._labels("label", label)
-            return self._reduced(classification.quality_focal, pred, label, score, None, **rest)
-        self._check(pred, pred.shape, target=target)
-        if weight is not None:
-            rest["weight"] = weight.unsqueeze(-1).expand(pred.shape)
-        losses = self._reduced(
-            classification.quality_focal,
-            *(pred.unsqueeze(-1), None, target, None),
-            count=pred.shape[:-1].numel(),
-            **rest,
-        )
+            pred = _logit(pred) if self.activated else pred
+            return self._reduced(op, pred, label, score, None, weight=weight, **rest)
+        self._check(**checked, target=(target, _ENTRIES))
+        entries = classification.dense(_logit(pred) if self.activated else pred, target)
+        weight = None if weight is None else _by_entry(weight, pred)
+        losses = self._reduced(op, *entries, weight=weight, count=pred.shape[:-1].numel(), **rest)
         return losses.sum(-1) if losses.dim() > 0 else losses
 
 
@@ -408,58 +362,12 @@ def _logit(p: Tensor) -> Tensor:
 
 
 class _BoxLoss(Loss):
-    """Losses of box pairs: one loss per pair."""
+    """One loss per pair of boxes, by an op and its constants."""
 
-    def _pairs(
-        self,
-        op: Any,
-        pred: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        avg_factor: float | Tensor | None,
-        override: str | None,
-        **params: Any,
-    ) -> Tensor:
-        if pred.shape[-1:] != (4,):
-            raise ValueError(
-                f"{type(self).__name__}: pred must have shape (..., 4), got {tuple(pred.shape)}"
-            )
-        self._check(pred, pred.shape, target=target)
-        if weight is not None:
-            of_sides = weight.shape == pred.shape
-            self._check(pred, None if of_sides else pred.shape[:-1], weight=weight)
-            weight = at_least_float32(weight).mean(-1) if of_sides else weight
-        return self._reduced(
-            op,
-            *(pred, target),
-            weight=weight,
-            avg_factor=avg_factor,
-            override=override,
-            **params,
-        )
+    _op: RowOp
 
-
-class IoULoss(_BoxLoss):
-    """-log IoU ("log"), 1 - IoU^2 ("square") or 1 - IoU ("linear"), with the IoU at least eps.
-
-    Args:
-        linear: the same as mode="linear".
-        eps: floor of the IoU.
-    """
-
-    def __init__(
-        self,
-        linear: bool = False,
-        eps: float = 1e-6,
-        reduction: str = "mean",
-        loss_weight: float = 1.0,
-        mode: str = "log",
-    ) -> None:
-        super().__init__(reduction, loss_weight)
-        regression.check_iou_mode(mode)
-        self.linear = linear
-        self.mode = "linear" if linear else mode
-        self.eps = eps
+    def _constants(self) -> dict[str, Any]:
+        raise NotImplementedError
 
     def forward(
         self,
@@ -476,38 +384,63 @@ class IoULoss(_BoxLoss):
             pred, target: (..., 4) xyxy; gradients flow to pred. weight: (...,) or (..., 4), of
             which the mean is taken. Returns (...,) for "none".
         """
-        return self._pairs(
-            regression.iou_loss,
-            *(pred, target, weight, avg_factor, reduction_override),
-            mode=self.mode,
-            eps=self.eps,
+        of_sides = _has_entries(weight, pred)
+        dimensions = _BOXES if of_sides else _ROWS
+        self._check(pred=(pred, _BOXES), target=(target, _BOXES), weight=(weight, dimensions))
+        if weight is not None and of_sides:
+            weight = at_least_float32(weight).mean(-1)
+        return self._reduced(
+            self._op,
+            pred,
+            target,
+            weight=weight,
+            avg_factor=avg_factor,
+            override=reduction_override,
+            **self._constants(),
         )
+
+
+class IoULoss(_BoxLoss):
+    """-log IoU ("log"), 1 - IoU^2 ("square") or 1 - IoU ("linear"), with the IoU at least eps.
+
+    Args:
+        linear: the same as mode="linear".
+        eps: floor of the IoU.
+    """
+
+    _op = regression.iou_loss
+
+    def __init__(
+        self,
+        linear: bool = False,
+        eps: float = 1e-6,
+        reduction: str = "mean",
+        loss_weight: float = 1.0,
+        mode: str = "log",
+    ) -> None:
+        super().__init__(reduction, loss_weight)
+        regression.check_iou_mode(mode)
+        self.linear = linear
+        self.mode = "linear" if linear else mode
+        self.eps = eps
+
+    def _constants(self) -> dict[str, Any]:
+        return {"mode": self.mode, "eps": self.eps}
 
 
 class GIoULoss(_BoxLoss):
     """1 - GIoU (Rezatofighi et al., 2019), union and hull at least eps."""
 
+    _op = regression.giou_loss
+
     def __init__(
-        self, eps: float = 1e-6, reduction: str = "mean", loss_weight: float = 1.0
+        self, eps: float = regression.GIOU_EPS, reduction: str = "mean", loss_weight: float = 1.0
     ) -> None:
         super().__init__(reduction, loss_weight)
         self.eps = eps
 
-    def forward(
-        self,
-        pred: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        avg_factor: float | Tensor | None = None,
-        reduction_override: str | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Loss of box pairs. Shapes: as `IoULoss`."""
-        return self._pairs(
-            regression.giou_loss,
-            *(pred, target, weight, avg_factor, reduction_override),
-            eps=self.eps,
-        )
+    def _constants(self) -> dict[str, Any]:
+        return {"eps": self.eps}
 
 
 class L1Loss(Loss):
@@ -526,18 +459,14 @@ class L1Loss(Loss):
         Shapes:
             pred, target: any, the same. weight: the same, or without the last dimension.
         """
-        self._check(pred, pred.shape, target=target)
+        self._check(pred=(pred, _ROWS), target=(target, _ROWS))
         if weight is not None:
-            by_row = weight.shape == pred.shape[:-1]
-            self._check(pred, None if by_row else pred.shape, weight=weight)
-            weight = weight.unsqueeze(-1).expand(pred.shape) if by_row else weight
-        return self._reduced(
-            regression.l1,
-            *(pred.unsqueeze(-1), target.unsqueeze(-1)),
-            weight=weight,
-            avg_factor=avg_factor,
-            override=reduction_override,
-        )
+            rows = pred.shape if _has_entries(weight, pred) else pred.shape[:-1]
+            self._check(pred=(pred, _ROWS), weight=(weight, tuple(rows)))
+            weight = _by_entry(weight, pred)
+        pred, target = pred.unsqueeze(-1), target.unsqueeze(-1)
+        rest: dict[str, Any] = {"avg_factor": avg_factor, "override": reduction_override}
+        return self._reduced(regression.l1, pred, target, weight=weight, **rest)
 
 
 class BCELoss(nn.Module):
@@ -545,16 +474,30 @@ class BCELoss(nn.Module):
 
     def forward(self, predicts_cls: Tensor, targets_cls: Tensor, cls_norm: Tensor) -> Tensor:
         """Shapes: predicts_cls (B, A, C) logits, targets_cls (B, A, C) in [0, 1], cls_norm ()."""
-        inputs = (predicts_cls.unsqueeze(-1), None, targets_cls.detach(), None)
-        return classification.binary_cross_entropy(*inputs) / cls_norm
+        check_shapes(
+            type(self).__name__,
+            predicts_cls=(predicts_cls, _ENTRIES),
+            targets_cls=(targets_cls, _ENTRIES),
+        )
+        entries = classification.dense(predicts_cls, targets_cls.detach())
+        return classification.binary_cross_entropy(*entries) / cls_norm
 
 
-def _matched(module: nn.Module, valid_masks: Tensor, box_norm: Tensor) -> tuple[Tensor, Tensor]:
+def _matched(
+    module: nn.Module, valid_masks: Tensor, box_norm: Tensor, **others: tuple[Any, Dimensions]
+) -> tuple[Tensor, Tensor]:
     """(indices, weights) of the anchors that are matched, as many as box_norm has rows.
 
     Raises:
-        ValueError: where a CPU sees that another number is matched.
+        TypeError: for what is no tensor.
+        ValueError: for shapes that disagree, and where a CPU sees that another number is matched.
     """
+    check_shapes(
+        type(module).__name__,
+        **others,
+        valid_masks=(valid_masks, ("B", "A")),
+        box_norm=(box_norm, ("P",)),
+    )
     mask = valid_masks.flatten()
     check_count(type(module).__name__, "valid_masks", mask, "box_norm", len(box_norm))
     index = first_set(mask, n=len(box_norm))
@@ -579,17 +522,21 @@ class BoxLoss(nn.Module):
             predicts_bbox, targets_bbox (B, A, 4) xyxy; valid_masks (B, A) with P entries set;
             box_norm (P,) scores of these, in order; cls_norm ().
         """
-        index, weight = _matched(self, valid_masks, box_norm)
-        return (
-            regression.ciou_loss(
-                predicts_bbox.reshape(-1, 4).index_select(0, index),
-                targets_bbox.detach().reshape(-1, 4).index_select(0, index),
-                weight=weight,
-                eps=regression.YOLOV9_EPS,
-                alpha_grad=True,
-            )
-            / cls_norm
+        index, weight = _matched(
+            self,
+            valid_masks,
+            box_norm,
+            predicts_bbox=(predicts_bbox, ("B", "A", 4)),
+            targets_bbox=(targets_bbox, ("B", "A", 4)),
         )
+        losses = regression.ciou_loss(
+            predicts_bbox.reshape(-1, 4).index_select(0, index),
+            targets_bbox.detach().reshape(-1, 4).index_select(0, index),
+            weight=weight,
+            eps=regression.YOLOV9_EPS,
+            alpha_grad=True,
+        )
+        return losses / cls_norm
 
 
 class DFLoss(nn.Module):
@@ -619,24 +566,25 @@ class DFLoss(nn.Module):
             predicts_anc (B, A, 4, bins) logits; targets_bbox (B, A, 4) xyxy in strides;
             valid_masks (B, A) with P entries set; box_norm (P,); cls_norm ().
         """
-        check_shapes(
-            type(self).__name__,
-            **{"vec2box.anchor_grid": (self.vec2box.anchor_grid, ("A", 2))},
+        anchor_grid = self.vec2box.anchor_grid
+        index, weight = _matched(
+            self,
+            valid_masks,
+            box_norm,
+            **{"vec2box.anchor_grid": (anchor_grid, ("A", 2))},
             targets_bbox=(targets_bbox, ("B", "A", 4)),
+            predicts_anc=(predicts_anc, ("B", "A", 4, "bins")),
         )
-        grid = self.vec2box.anchor_grid.to(arithmetic_dtype(targets_bbox))
-        centre = grid / self.vec2box.scaler.unsqueeze(-1)
-        index, weight = _matched(self, valid_masks, box_norm)
+        centre = anchor_grid.to(arithmetic_dtype(targets_bbox)) / self.vec2box.scaler.unsqueeze(-1)
         distances = ltrb(centre.expand(len(targets_bbox), -1, -1), targets_bbox.detach())
         left, right_weight = distribution.two_bins(
             distances.reshape(-1, 4).index_select(0, index), self.reg_max
         )
-        weight = weight / 4
-        return (
-            distribution.two_bin(
-                predicts_anc.reshape(-1, *predicts_anc.shape[2:]).index_select(0, index),
-                *(left, 1 - right_weight, right_weight),
-                weight=weight.unsqueeze(-1).expand(left.shape),
-            )
-            / cls_norm
+        losses = distribution.two_bin(
+            predicts_anc.reshape(-1, *predicts_anc.shape[2:]).index_select(0, index),
+            left,
+            1 - right_weight,
+            right_weight,
+            weight=(weight / 4).unsqueeze(-1).expand(left.shape),
         )
+        return losses / cls_norm

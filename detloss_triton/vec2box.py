@@ -33,8 +33,8 @@ class Vec2Box:
             model that rounds up needs images of a multiple of all strides.
 
     Raises:
-        ValueError: for strides or an image size that are not such; where `strides` is None, for
-            outputs of the detector that no stride, or more than one, gives.
+        ValueError: for strides that are not positive, or an image size that is no pair; where
+            `strides` is None, for a detector's map that no stride, or more than one, gives.
     """
 
     def __init__(
@@ -90,10 +90,17 @@ class Vec2Box:
                 distances in strides (B, 4, h, w)).
             returns: classes (B, A, C), distributions (B, A, 4, 16), boxes (B, A, 4) xyxy in pixels.
         """
+        for i, (classes, distributions, distances) in enumerate(predicts):
+            check_shapes(
+                f"{type(self).__name__}: level {i}",
+                classes=(classes, ("B", "C", "h", "w")),
+                distributions=(distributions, ("B", "bins", 4, "h", "w")),
+                distances=(distances, ("B", 4, "h", "w")),
+            )
         return *flattened(predicts), self.decode(predicts)
 
     def decode(self, predicts: Sequence[Level]) -> Tensor:
-        """Boxes (B, A, 4) xyxy in pixels: centre -/+ ltrb stride; their columns are contiguous."""
+        """Boxes (B, A, 4) xyxy in pixels: the centre -/+ ltrb distances times the stride."""
         return decoded(predicts, self.anchor_grid, self.scaler)
 
 
@@ -106,7 +113,7 @@ def flattened(predicts: Sequence[Level]) -> tuple[Tensor, Tensor]:
 def decoded(predicts: Sequence[Level], anchor_grid: Tensor, scaler: Tensor) -> Tensor:
     """See `Vec2Box.decode`."""
     distances = torch.cat([b.flatten(2) for _, _, b in predicts], 2)
-    # Half precision is 0.5 pixels at 640.
+    # In half precision, coordinates around 640 are 0.5 pixels apart.
     distances = at_least_float32(distances) * scaler
     centre = anchor_grid.T
     boxes = torch.cat([centre - distances[:, :2], centre + distances[:, 2:]], 1)
@@ -120,7 +127,7 @@ def _pair(image_size: Any) -> Size:
 
 
 def _stride_of(level: int, image_size: Size, size: Size) -> int:
-    """The stride of which an image has a map of that size."""
+    """The stride at which an image has a map of that size."""
     height, width = image_size
     stride = width // size[1]
     fits = [s for s in range(1, width + 1) if (height // s, width // s) == size]
@@ -134,7 +141,7 @@ def _stride_of(level: int, image_size: Size, size: Size) -> int:
 
 
 def check_vec2box(place: str, vec2box: Any) -> None:
-    """Raise unless an object has what a criterion reads of a Vec2Box, whoever wrote it."""
+    """Raise unless an object, perhaps another library's, has what a criterion reads of it."""
     names = ("anchor_grid", "scaler", "strides")
     missing = [name for name in names if getattr(vec2box, name, None) is None]
     if missing:
@@ -150,9 +157,8 @@ def check_vec2box(place: str, vec2box: Any) -> None:
 
 
 def map_sizes(vec2box: Any) -> list[Size] | None:
-    """(h, w) of each level; of an object that is not ours they are read from its anchors.
-
-    None where its anchors form no grid.
+    """(h, w) of each level, read from the anchors where the object does not say; None where these
+    form no grid.
     """
     sizes = getattr(vec2box, "map_sizes", None) or _read_sizes(vec2box)
     return sizes if sum(h * w for h, w in sizes) == len(vec2box.anchor_grid) else None

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-# Above every key, and every key is at least 0.
+# Larger than every key; keys are at least 0.
 NO_KEY: tl.constexpr = tl.constexpr(2**30)
 
 
@@ -21,12 +21,12 @@ def value_at(vector, index):
     return tl.sum(tl.gather(vector, tl.full([1], 0, tl.int32) + index, 0), axis=0)
 
 
-# Counts, and what grows with them: a compiled kernel serves problems of any size up to its block,
-# wherever they lie. Triton specialises the elements of a tuple in any case, so the cost is none.
+# Not specialised, so that one compiled kernel serves problems of every size up to its block. The
+# cost is no tuple of pointer and strides, since Triton would specialise these.
 _RUNTIME = [
-    *("p_cost", "p_n_rows", "p_n_cols", "p_column_of_row"),
-    *("s_problem", "s_row", "s_column", "n_rows_max", "n_cols_max"),
-]
+    "p_cost", "p_n_rows", "p_n_cols", "p_column_of_row",
+    "s_problem", "s_row", "s_column", "n_rows_max", "n_cols_max",
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -37,13 +37,15 @@ def assignment_kernel(
 ):  # fmt: skip
     """One problem by shortest augmenting paths (Jonker and Volgenant), its state held by column.
 
-    The shorter side is added row by row, so every row finds a free column. No dual of the rows is
-    kept: an assigned edge is tight, so that of the row of column j is cost[row, j] - v[j].
-    Columns are counted by COLUMN_BITS bits.
+    The shorter side is added row by row, so every row finds a free column. The duals v are those
+    of columns. An assigned edge is tight, so the dual of column j's row is cost[row, j] - v[j].
+    The index of a column takes COLUMN_BITS bits.
     """
-    # A column's key orders it among columns of one distance: (its row + 1) above, the column below.
+    # A column's key orders it among columns at one distance. High bits: its row + 1, 0 if it is
+    # free. Low bits: the column.
     COLUMN_MASK: tl.constexpr = (1 << COLUMN_BITS) - 1
-    # What the path is walked by: a column's (row + 1) above, (the previous column + 1) below.
+    # A column's link leads back along the path. High bits: its row + 1. Low bits: the column
+    # before it + 1.
     LINK_BITS: tl.constexpr = COLUMN_BITS + 1
     LINK_MASK: tl.constexpr = (1 << LINK_BITS) - 1
     problem = tl.program_id(0).to(tl.int64)
@@ -63,7 +65,7 @@ def assignment_kernel(
     p_columns = p_problem + column.to(tl.int64) * s_long  # [BC]
     inf = float("inf")
     v = tl.full([BC], 0.0, tl.float64)
-    key = column  # of no row
+    key = column
     root = tl.full([], 0, tl.int32)
     while root < n_short:
         distance = tl.full([BC], inf, tl.float64)
@@ -76,7 +78,7 @@ def assignment_kernel(
         while row >= 0:
             o_row = row.to(tl.int64) * s_short
             cost = finite(tl.load(p_columns + o_row, mask=m_column, other=0.0), LIMIT)
-            # A scalar read beside the row's, so it adds no wait of its own; the root has no column.
+            # Read along with the row, so nothing waits for it; the root has no column yet.
             tight = tl.load(p_problem + o_row + j.to(tl.int64) * s_long, mask=j >= 0, other=0.0)
             offset = offset - finite(tight, LIMIT)
             through = (cost - v) + offset
@@ -85,7 +87,7 @@ def assignment_kernel(
             previous = tl.where(closer, j, previous)
             candidate = tl.where(scanned, inf, distance)
             least = tl.min(candidate, axis=0)
-            # Of equally near columns the least key: a free one if there is one.
+            # The least key of the nearest columns is that of a free one, if there is one.
             nearest = tl.min(tl.where(m_column & (candidate == least), key, NO_KEY), axis=0)
             j = nearest & COLUMN_MASK
             row = (nearest >> COLUMN_BITS) - 1
@@ -93,7 +95,7 @@ def assignment_kernel(
             offset = least + value_at(v, j)
         v = tl.where(scanned, v + (distance - least), v)
 
-        # Every column of the path takes the row of the one before it, the first the new row.
+        # Every column of the path takes the row of the one before it, the first one the root.
         links = ((key >> COLUMN_BITS) << LINK_BITS) | (previous + 1)
         link = tl.max(tl.where(column == j, links, 0), axis=0)
         before = (link & LINK_MASK) - 1
@@ -108,7 +110,7 @@ def assignment_kernel(
     row_of_column = (key >> COLUMN_BITS) - 1
     p_out = p_column_of_row + problem * n_rows_max
     if swapped:
-        # The columns here are the caller's rows, padding and those without a column included.
+        # Columns here are the caller's rows, those beyond n_rows or unmatched included.
         tl.store(p_out + column, row_of_column.to(tl.int64), mask=column < n_rows_max)
     else:
         tl.store(p_out + row_of_column, column.to(tl.int64), mask=row_of_column >= 0)

@@ -31,9 +31,9 @@ from .rows import (
 
 @triton.jit
 def overlap_loss_and_grad(p, t, LOSS: tl.constexpr):
-    """Of the LOSS (name, its constants...)."""
+    """Loss and gradients of a pair of boxes; LOSS is (name, its constants...)."""
     if LOSS[0] == "iou":
-        # Before Triton 3.7 a string taken out of a tuple is no constant by itself.
+        # Before Triton 3.7 a string taken out of a tuple is no constexpr.
         return iou_loss_and_grad(p, t, LOSS[1], LOSS[2], tl.constexpr(LOSS[3]))
     elif LOSS[0] == "giou":
         return giou_loss_and_grad(p, t, LOSS[1])
@@ -52,7 +52,7 @@ def overlap_kernel(
     EACH: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr,
     LOSS: tl.constexpr,
 ):  # fmt: skip
-    """Boxes xyxy, four features each."""
+    """A loss of each pair of boxes xyxy."""
     segment, row, at, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, WIDE, BR)
     scale, m_used = row_weight(weight, at, m_row)
     loss, dp, dt = overlap_loss_and_grad(
@@ -85,7 +85,7 @@ def distance_kernel(
     EACH: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr,
     LOSS: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
-    """Coordinate by coordinate, summed over the row's BF >= n_features columns."""
+    """A loss of each pair of coordinates, summed over a row; BF >= n_features."""
     segment, row, at, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, WIDE, BR)
     scale, m_used = row_weight(weight, at, m_row)
     column = tl.arange(0, BF).to(tl.int64)
@@ -125,7 +125,7 @@ def delta_decode_kernel(
     y1, y2, by_y, by_h = delta_decode_1d(
         y * STDS[1] + MEANS[1], h * STDS[3] + MEANS[3], ys(anchor), LIMIT, SHIFT
     )
-    # Boxes are written one after the other.
+    # Boxes and their gradients are contiguous.
     if p_dout is None:
         store_box((p_out, 0, 4, 1), (0, row), times((x1, y1, x2, y2), scale), m_row)
     else:
@@ -145,7 +145,10 @@ def distance_decode_kernel(
     n_segment, n_blocks, n_inner, n_features,
     EACH: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Boxes xyxy from points and the distances to left, top, right and bottom: [BR, 4] tiles."""
+    """Boxes xyxy from points and the distances to left, top, right and bottom.
+
+    In [BR, 4] tiles, which are read and written with wide accesses.
+    """
     _, row, at, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, WIDE, BR)
     scale, m_used = row_weight(weight, at, m_row)
     column = tl.arange(0, 4).to(tl.int64)

@@ -1,8 +1,8 @@
 """Sigmoid losses over classes: one target class per row with a score, never a one-hot.
 
-A tile is [BR rows, BC classes]; a program walks the classes of its rows tile by tile. The number of
-classes is specialised, unlike counts that change from step to step: where it divides by 16, a mask
-over classes is known to be the same for 4 neighbours, without which no load is wider than one.
+A tile is [BR rows, BC classes]; a program walks the classes of its rows tile by tile. Triton
+specialises the number of classes: of a multiple of 16 it knows that 4 neighbouring classes have one
+mask, and reads them with one load.
 """
 
 import triton
@@ -23,7 +23,7 @@ from .rows import (
 
 @triton.jit
 def loss_and_grad(x, t, is_label, LOSS: tl.constexpr):
-    """Of the LOSS (name, its constants...)."""
+    """Loss and gradient of each entry; LOSS is (name, its constants...)."""
     if LOSS[0] == "bce":
         return bce_and_grad(x, t)
     elif LOSS[0] == "focal":
@@ -43,7 +43,7 @@ def class_kernel(
     EACH: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr,
     LOSS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Without a label every class of the row has the row's score as its target."""
+    """The row's score, or 1, is the target at its label, or without labels at all classes."""
     segment, row, at, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, WIDE, BR)
     target = load_rows(score, at, m_row, 1.0)
     scale = load_rows(weight, at, m_row, 1.0)

@@ -1,6 +1,6 @@
 """Losses over a discrete distribution per row: a tile holds whole rows, [BR, BK], BK >= bins.
 
-The number of bins is specialised as that of classes is, for wide loads.
+Triton specialises the number of bins, for wide loads, as that of classes in `classes.py`.
 """
 
 import triton
@@ -27,7 +27,7 @@ def two_bin_kernel(
     EACH: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
-    """A row whose left bin is no bin weighs nothing; a right bin beyond the last is left out."""
+    """A row whose left bin does not exist costs 0; so does a right bin beyond the last."""
     segment, row, at, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, WIDE, BR)
     scale, m_used = row_weight(weight, at, m_row)
     index = tl.load(row_pointers(left, at), mask=m_used, other=-1).to(tl.int64)
@@ -58,7 +58,7 @@ def distillation_kernel(
     EACH: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr,
     BK: tl.constexpr, TEMPERATURE: tl.constexpr,
 ):  # fmt: skip
-    """A student's distribution pulled towards its teacher's, row by row."""
+    """Divergence of a student's distribution from its teacher's, row by row."""
     segment, row, at, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, WIDE, BR)
     scale, m_used = row_weight(weight, at, m_row)
     column = tl.arange(0, BK).to(tl.int64)

@@ -1,7 +1,7 @@
 """Pairs of predictions and targets: metrics and costs for matching. No gradients.
 
-Tensors are tuples as in rows.py, of rows (image, row). Those of targets leave out their stride from
-image to image: it grows with the number of targets, and so is passed apart, as counts are.
+Tensors are tuples as in `rows.py`, with rows (image, row). Targets have their stride from image to
+image passed apart, as counts are, for it grows with their number.
 """
 
 import triton
@@ -60,27 +60,28 @@ def task_aligned_kernel(
     _, p, _ = logistic(load(p_logit, m_anchor))
     metric = power(score, IOU_POWER) * power(p, CLASS_POWER)
     tl.store(p_metric + pair * n_anchors + anchor, tl.where(inside, metric, 0.0), mask=m_anchor)
-    # tl.max skips NaN, which a metric has to show.
+    # tl.max skips NaN, which has to reach the metric.
     is_nan = m_anchor & (score != score)
     best = tl.max(tl.where(m_anchor & ~is_nan, score, 0.0), axis=0)
     has_nan = tl.max(is_nan.to(tl.int32), axis=0) > 0
     tl.store(p_best + pid, tl.where(has_nan, float("nan"), best))
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("s_labels", "s_targets", "n_images", "n_targets", "n_queries", "n_classes", "n_blocks")
-    ]
-)
+_COST_COUNTS = [
+    "s_labels", "s_targets", "n_images", "n_targets", "n_queries", "n_classes", "n_blocks",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_COST_COUNTS)
 def match_cost_kernel(
     logits, boxes, labels, targets, p_cost,
     s_labels, s_targets, n_images, n_targets, n_queries, n_classes, n_blocks,
     WEIGHTS: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr, LOG_EPS: tl.constexpr,
     GIOU_EPS: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
-    """One target of one image of one layer against BQ queries; boxes cxcywh.
+    """One target of an image and layer against BQ queries; boxes cxcywh.
 
-    WEIGHTS are those of the class, the distance and the GIoU.
+    WEIGHTS of the class cost, the distance and the GIoU.
     """
     pid = tl.program_id(0).to(tl.int64)
     pair = pid // n_blocks

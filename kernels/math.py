@@ -19,7 +19,7 @@ TAN_EIGHTH_PI: tl.constexpr = tl.constexpr(math.sqrt(2) - 1)
 
 @triton.jit
 def log1p(u):
-    """log(1 + u) for u >= 0, exact where 1 + u rounds: the rounding of y is divided out again."""
+    """log(1 + u) for u >= 0, accurate for small u: u / (y - 1) undoes the rounding of y = 1 + u."""
     y = 1.0 + u
     exact = y == 1.0
     return tl.where(exact, u, tl.log(y) * (u / tl.where(exact, 1.0, y - 1.0)))
@@ -109,21 +109,21 @@ def smooth_l1_and_grad(x, BETA: tl.constexpr):
 
 @triton.jit
 def at_least(x, low):
-    """(max(x, low), its derivative by x); NaN passes; at a tie the clamp is transparent."""
+    """(max(x, low), its derivative by x): 1 at a tie; NaN passes, as in torch's clamp."""
     below = x < low
     return tl.where(below, low, x), tl.where(below, 0.0, 1.0)
 
 
 @triton.jit
 def larger(a, b):
-    """(max(a, b), derivative by a): a half each at a tie; NaN passes, as in torch."""
+    """(max(a, b), its derivative by a): 0.5 at a tie; NaN passes, as in torch."""
     high = tl.where((a > b) | (a != a), a, b)
     return high, tl.where(a > b, 1.0, tl.where(a == b, 0.5, 0.0))
 
 
 @triton.jit
 def smaller(a, b):
-    """(min(a, b), derivative by a): a half each at a tie; NaN passes, as in torch."""
+    """(min(a, b), its derivative by a): 0.5 at a tie; NaN passes, as in torch."""
     low = tl.where((a < b) | (a != a), a, b)
     return low, tl.where(a < b, 1.0, tl.where(a == b, 0.5, 0.0))
 
@@ -164,7 +164,7 @@ def size(box):
 
 @triton.jit
 def corners(box):
-    """Of a box cxcywh."""
+    """A box cxcywh as xyxy."""
     x, y, w, h = box
     return x - 0.5 * w, y - 0.5 * h, x + 0.5 * w, y + 0.5 * h
 
@@ -181,7 +181,7 @@ def times(box, factor):
 
 @triton.jit
 def masked(box, mask):
-    """0 where masked."""
+    """The box where the mask is set, else 0."""
     return (
         tl.where(mask, box[0], 0.0),
         tl.where(mask, box[1], 0.0),
@@ -192,13 +192,16 @@ def masked(box, mask):
 
 @triton.jit
 def by_extents(by_w, w_by_x, by_h, h_by_y):
-    """By a box, a function of a width and a height, which depend on its interval in x and in y."""
+    """Derivative by a box of a function of a width and a height: the chain rule.
+
+    w_by_x, h_by_y: derivatives of the width and the height by the box's intervals in x and y.
+    """
     return by_w * w_by_x[0], by_h * h_by_y[0], by_w * w_by_x[1], by_h * h_by_y[1]
 
 
 @triton.jit
 def by_size(by_w, by_h):
-    """By a box, a function of its own width and height."""
+    """Derivative by a box of a function of its own width and height."""
     return by_extents(by_w, (-1.0, 1.0), by_h, (-1.0, 1.0))
 
 
@@ -221,9 +224,9 @@ def hull_1d(p, t):
 
 @triton.jit
 def iou_and_grad(p, t, EPS: tl.constexpr, ADD_EPS: tl.constexpr):
-    """(IoU, union, d IoU by the intersection, d IoU by an area, whether the union is its own).
+    """(IoU, union, d IoU / d intersection, d IoU / d area, 0 where the union is clamped else 1).
 
-    The union has EPS added (`ADD_EPS`), or is at least EPS.
+    The union has EPS added with ADD_EPS, else it is at least EPS.
     """
     w, _, _ = overlap_1d(xs(p), xs(t))
     h, _, _ = overlap_1d(ys(p), ys(t))
@@ -243,7 +246,7 @@ def iou_and_grad(p, t, EPS: tl.constexpr, ADD_EPS: tl.constexpr):
 
 @triton.jit
 def area_chain(p, t, by_inter, by_area):
-    """By p and by t, a function of their intersection and of the sum of their areas."""
+    """Derivatives by p and by t of a function of their intersection and the sum of their areas."""
     w, w_by_p, w_by_t = overlap_1d(xs(p), xs(t))
     h, h_by_p, h_by_t = overlap_1d(ys(p), ys(t))
     p_w, p_h = size(p)
@@ -383,11 +386,10 @@ def two_bin_and_grad(x, is_left, is_right, weight_left, weight_right):
 
 @triton.jit
 def delta_decode_1d(delta, log_ratio, anchor, LIMIT: tl.constexpr, SHIFT: tl.constexpr):
-    """One axis of a box decoded from its deltas: (low, high), then d centre by delta and d high by
-    log_ratio, of which d low is the negative.
+    """One axis of a box from its deltas: (low, high, d centre / d delta, d high / d log_ratio).
 
-    |log_ratio| is clamped to LIMIT; where SHIFT > 0 only from above, and the centre moves by SHIFT
-    at most.
+    d low / d log_ratio is the negative of d high / d log_ratio. |log_ratio| is clamped to LIMIT;
+    where SHIFT > 0 only from above, and the centre moves by SHIFT at most.
     """
     low, high = anchor
     size = high - low
@@ -398,7 +400,7 @@ def delta_decode_1d(delta, log_ratio, anchor, LIMIT: tl.constexpr, SHIFT: tl.con
     if SHIFT > 0:
         slope = tl.where(tl.abs(shift) > SHIFT, 0.0, size)
         shift = tl.where(shift > SHIFT, SHIFT, tl.where(shift < -SHIFT, -SHIFT, shift))
-        below = log_ratio < float("-inf")  # nothing is, and NaN stays NaN
+        below = log_ratio < float("-inf")  # never
     ratio = tl.where(above, LIMIT, tl.where(below, -LIMIT, log_ratio))
     half = 0.5 * size * tl.exp(ratio)
     centre = 0.5 * (low + high) + shift
@@ -420,6 +422,6 @@ def distillation_and_grad(x, t, m_column, TEMPERATURE: tl.constexpr):
     p_x = e_x / sum_x
     p_t = e_t / sum_t
     gap = (t - tl.log(sum_t)) - (x - tl.log(sum_x))
-    # 0 times infinity counts as 0, but NaN as NaN.
+    # 0 times an infinite gap is 0; NaN stays NaN.
     terms = tl.where(m_column & (p_t != 0.0), p_t * gap, 0.0)
     return TEMPERATURE * TEMPERATURE * tl.sum(terms, axis=1), TEMPERATURE * (p_x - p_t)

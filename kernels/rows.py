@@ -1,18 +1,19 @@
-"""How a kernel of rows finds its rows, reads and writes them, and where its sums go.
+"""How a kernel finds its rows, reads and writes them, and where its sums go.
 
-A loss has rows: anchors, queries, box sides. They lie in up to two dimensions, of which every
-tensor has strides of its own, so that permuted and broadcast tensors are read in place. A tensor is
-a tuple `(pointer, outer stride, inner stride)`, with its stride from feature to feature behind if a
-row has features; None is a tensor that is not given. `at = (outer, inner)` says which rows.
+Rows are what has a loss: anchors, queries, box sides. They lie in up to two dimensions, and every
+tensor has strides of its own in both, so that permuted and broadcast tensors are read in place. A
+tensor is a tuple `(pointer, outer stride, inner stride)`, with a fourth entry, the stride from
+feature to feature, if a row has features. A tensor that is not given is None. `at = (outer, inner)`
+says which rows.
 Rows are summed in segments of `n_segment` consecutive ones (all rows, or one image, or one decoder
-layer); a program takes one block of one segment and writes one partial sum: no atomics.
+layer). A program takes one block of one segment and writes one partial sum: no atomics.
 """
 
 import triton
 import triton.language as tl
 
-# They differ from step to step, and Triton would compile anew for 1 and for multiples of 16. It
-# does so for the elements of a tuple whatever it is told, hence no tuple of counts.
+# Not specialised: they change from step to step, and Triton would compile anew for 1 and for
+# multiples of 16. It always specialises the elements of a tuple, so counts are passed one by one.
 COUNTS = ["n_segment", "n_blocks", "n_inner"]
 
 
@@ -20,14 +21,14 @@ COUNTS = ["n_segment", "n_blocks", "n_inner"]
 def rows_of_program(
     n_segment, n_blocks, n_inner, GROUP: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr
 ):
-    """(segment, row, at, mask) of this program's BR rows; int64, for 2^31 is not far.
+    """(segment, row, at, mask) of this program's BR rows, all in int64.
 
-    GROUP is 0 if the rows lie in one dimension; else so many neighbours share their outer index.
-    WIDE says that there are more rows than an int32 counts.
+    GROUP: how many neighbouring rows share their outer index; 0 if rows lie in one dimension.
+    WIDE: whether there are more rows than an int32 counts.
     """
     if GROUP > 1:
-        # Changes no count: it tells the compiler that these are multiples of GROUP, so that it may
-        # read neighbouring rows with one load.
+        # Both are multiples of GROUP. This tells the compiler so, which then reads neighbouring
+        # rows with one load.
         n_segment = n_segment // GROUP * GROUP
         n_inner = n_inner // GROUP * GROUP
     pid = tl.program_id(0).to(tl.int64)
@@ -38,7 +39,7 @@ def rows_of_program(
         outer = row * 0
         inner = row
     else:
-        # No GPU divides 64-bit integers: what stands in for it takes a hundred instructions.
+        # In 32 bits where they suffice: a division of 64 bits takes a hundred instructions.
         outer = ((row if WIDE else row.to(tl.int32)) // n_inner).to(tl.int64)
         inner = row - outer * n_inner
     return segment, row, (outer, inner), local < n_segment
@@ -58,13 +59,13 @@ def tile_pointers(tensor, at, column):
 
 @triton.jit
 def load(pointers, mask):
-    """Values in float32, 0 where masked; without a mask all."""
+    """Values in float32 where the mask is set, else 0; all values if there is no mask."""
     return tl.load(pointers, mask=mask, other=None if mask is None else 0.0).to(tl.float32)
 
 
 @triton.jit
 def load_rows(tensor, at, mask, DEFAULT: tl.constexpr):
-    """A value of each row, 0 where masked; DEFAULT for all if there is no tensor."""
+    """A value of each row where the mask is set, else 0; DEFAULT for all if there is no tensor."""
     if tensor is None:
         return tl.full(mask.shape, DEFAULT, tl.float32)
     else:
@@ -75,7 +76,7 @@ def load_rows(tensor, at, mask, DEFAULT: tl.constexpr):
 def load_box(tensor, at, mask):
     """The four features of each row."""
     p = row_pointers(tensor, at)
-    # A stride of 2^30 fits an int32, and thrice it does not.
+    # In 64 bits, since three times a stride may not fit in 32.
     s = tl.cast(tensor[3], tl.int64)
     return load(p, mask), load(p + s, mask), load(p + 2 * s, mask), load(p + 3 * s, mask)
 
@@ -92,7 +93,7 @@ def store_box(tensor, at, box, mask):
 
 @triton.jit
 def row_weight(weight, at, m_row):
-    """(weight, mask): a row of weight 0 is not read, so whatever it holds adds exactly nothing."""
+    """(weight, mask of the rows to read): whatever a row of weight 0 holds, it adds nothing."""
     scale = tl.where(m_row, 1.0, 0.0)
     if weight is not None:
         scale = load(row_pointers(weight, at), m_row)

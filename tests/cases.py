@@ -76,7 +76,8 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: f
     for path, expected in theirs.items():
         largest = expected.abs().max().item() if expected.numel() else 0.0
         torch.testing.assert_close(
-            *(ours[path].double(), expected.double()),
+            ours[path].double(),
+            expected.double(),
             rtol=0,
             atol=tolerance * largest,
             equal_nan=True,

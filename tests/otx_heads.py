@@ -108,7 +108,8 @@ def atss(otx: Any) -> Detector:
     priors = import_module("otx.algo.common.utils.prior_generators")
     assigner = import_module("otx.algo.detection.utils.assigners").ATSSAssigner(topk=9)
     head = import_module("otx.algo.detection.heads.atss_head").ATSSHeadModule(
-        *(CLASSES, CHANNELS),
+        CLASSES,
+        CHANNELS,
         anchor_generator=priors.AnchorGenerator(
             ratios=[1.0], octave_base_scale=8, scales_per_octave=1, strides=list(strides)
         ),
@@ -120,7 +121,8 @@ def atss(otx: Any) -> Detector:
 
     def criterion(library: Any) -> nn.Module:
         return library.ATSSCriterion(
-            *(CLASSES, coder(library)),
+            CLASSES,
+            coder(library),
             loss_cls=library.CrossSigmoidFocalLoss(),
             loss_bbox=library.GIoULoss(loss_weight=2.0),
             loss_centerness=library.CrossEntropyLoss(use_sigmoid=True),
@@ -134,7 +136,8 @@ def rtmdet(otx: Any) -> Detector:
     priors = import_module("otx.algo.common.utils.prior_generators")
     assigners = import_module("otx.algo.common.utils.assigners")
     head = import_module("otx.algo.detection.heads.rtmdet_head").RTMDetSepBNHeadModule(
-        *(CLASSES, CHANNELS),
+        CLASSES,
+        CHANNELS,
         anchor_generator=priors.MlvlPointGenerator(offset=0, strides=list(strides)),
         bbox_coder=otx.DistancePointBBoxCoder(),
         feat_channels=CHANNELS,
@@ -164,7 +167,8 @@ def ssd(otx: Any) -> Detector:
         min_pos_iou=0.0, pos_iou_thr=0.4, neg_iou_thr=0.4, gt_max_assign_all=False
     )
     head = import_module("otx.algo.detection.heads.ssd_head").SSDHeadModule(
-        *(anchors, coder(otx)),
+        anchors,
+        coder(otx),
         {"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"},
         {**TRAINING, "assigner": assigner, "use_giou": False, "use_focal": False},
         num_classes=CLASSES,
@@ -176,7 +180,7 @@ def ssd(otx: Any) -> Detector:
 def yolox(otx: Any) -> Detector:
     assigner = import_module("otx.algo.detection.utils.assigners").SimOTAAssigner(center_radius=2.5)
     head = import_module("otx.algo.detection.heads.yolox_head").YOLOXHeadModule(
-        *(CLASSES, CHANNELS), feat_channels=CHANNELS, train_cfg={"assigner": assigner}, test_cfg={}
+        CLASSES, CHANNELS, feat_channels=CHANNELS, train_cfg={"assigner": assigner}, test_cfg={}
     )
     head.use_l1 = True
 

@@ -46,7 +46,8 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: f
         info = torch.finfo(ours[path].dtype)
         smallest = 0.0 if info.bits > 16 else info.tiny * info.eps
         torch.testing.assert_close(
-            *(ours[path].float(), expected.float()),
+            ours[path].float(),
+            expected.float(),
             rtol=0,
             atol=max(tolerance * largest, smallest),
             msg=lambda m, path=path: f"{path}: {m}",

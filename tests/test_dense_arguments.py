@@ -19,7 +19,12 @@ from detloss_triton.bench.batches import DENSE as BUILDERS
 CPU, META = torch.device("cpu"), torch.device("meta")
 DENSE = ("atss", "rtmdet", "ssd", "yolox")
 PER_IMAGE = (
-    *("cls_score", "bbox_pred", "anchor", "labels", "label_weights", "bbox_targets"),
+    "cls_score",
+    "bbox_pred",
+    "anchor",
+    "labels",
+    "label_weights",
+    "bbox_targets",
     "bbox_weights",
 )
 DIVISORS = [("atss", "avg_factor"), ("ssd", "avg_factor"), ("yolox", "num_total_samples")]

@@ -137,7 +137,7 @@ def test_iou_losses(generator: torch.Generator) -> None:
         ("linear", 1 - iou),
     ):
         close(dt.IoULoss(mode=mode)(a, b), value.mean().float())
-        close(functional.iou_loss(a, b, mode, reduction="none"), value.float())
+        close(functional.iou_loss(a, b, mode=mode, reduction="none"), value.float())
     close(dt.IoULoss(linear=True)(a, b), (1 - iou).mean().float())
     giou = 1 - iou + (hull - union) / hull
     rows = weight.unsqueeze(1).repeat(1, 4)

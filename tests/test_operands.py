@@ -14,8 +14,16 @@ from detloss_triton import functional
 from detloss_triton.engine import REGISTRY, RowOp
 
 NUMBERS = (
-    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-    *(torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
 )
 ROWS = 12
 
@@ -119,8 +127,17 @@ def test_a_whole_criterion_with_integer_boxes(backend: str, device: torch.device
 
     def loss(boxes: Tensor, ones: Tensor) -> dict[str, Tensor]:
         return criterion(
-            *(zero[0], zero.expand(1, 1, 2), zero.expand(1, 1, 4), BOXES[None, :1].to(device)),
-            *(ones, ones.expand(1, 2), boxes, boxes, ones[0, 0], ones[0, 0], ones[0] > 0),
+            zero[0],
+            zero.expand(1, 1, 2),
+            zero.expand(1, 1, 4),
+            BOXES[None, :1].to(device),
+            ones,
+            ones.expand(1, 2),
+            boxes,
+            boxes,
+            ones[0, 0],
+            ones[0, 0],
+            ones[0] > 0,
         )
 
     expected = loss(OTHERS[:1].to(device), torch.ones(1, 1, device=device))
@@ -242,10 +259,10 @@ FUNCTIONS: list[tuple[str, Callable[[], Any]]] = [
         LOGITS, CLASSES, GRAD)),
     ("varifocal_loss: labels must have shape", lambda: functional.varifocal_loss(
         LOGITS, CLASSES[:2], SCORES)),
-    ("cross_entropy: weight must have shape", lambda: functional.cross_entropy(
-        LOGITS, CLASSES, torch.ones(4))),
-    ("cross_entropy: no gradient is defined for weight", lambda: functional.cross_entropy(
-        LOGITS, CLASSES, GRAD)),
+    ("cross_entropy: row_weight must have shape", lambda: functional.cross_entropy(
+        LOGITS, CLASSES, row_weight=torch.ones(4))),
+    ("cross_entropy: no gradient is defined for row_weight", lambda: functional.cross_entropy(
+        LOGITS, CLASSES, row_weight=GRAD)),
     ("binary_cross_entropy_with_logits: targets must have shape", lambda:
         functional.binary_cross_entropy_with_logits(LOGITS, LOGITS[:1])),
     ("sigmoid_focal_loss: no gradient is defined for targets", lambda:
@@ -262,8 +279,9 @@ FUNCTIONS: list[tuple[str, Callable[[], Any]]] = [
         LOGITS[:, :3], LOGITS[:, :3])),
     ("complete_box_iou_loss: boxes2 must be on cpu", lambda: functional.complete_box_iou_loss(
         ANCHORS, ELSEWHERE)),
-    ("iou_loss: target must have shape", lambda: functional.iou_loss(ANCHORS, ANCHORS[1:])),
-    ("l1_loss: weight must have shape", lambda: functional.l1_loss(ANCHORS, ANCHORS, SCORES)),
+    ("iou_loss: boxes2 must have shape", lambda: functional.iou_loss(ANCHORS, ANCHORS[1:])),
+    ("l1_loss: weight must have shape", lambda: functional.l1_loss(
+        ANCHORS, ANCHORS, weight=SCORES)),
     ("smooth_l1_loss: target must have shape", lambda: functional.smooth_l1_loss(
         ANCHORS, ANCHORS[:, :1])),
     ("linear_sum_assignment: cost must be floating point", lambda:

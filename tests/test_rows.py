@@ -37,8 +37,14 @@ def test_rows_are_found_in_two_dimensions(n_segment: int, device: torch.device) 
         rows_kernel,
         (4,),
         device,
-        **{"p_outer": outer, "p_inner": inner, "p_row": row, "n_inner": n_inner},
-        **{"n_segment": n_segment, "n_blocks": 1, "WIDE": n_segment > 2**29, "BR": BLOCK},
+        p_outer=outer,
+        p_inner=inner,
+        p_row=row,
+        n_inner=n_inner,
+        n_segment=n_segment,
+        n_blocks=1,
+        WIDE=n_segment > 2**29,
+        BR=BLOCK,
     )
     expected = (torch.arange(4) * n_segment)[:, None] + torch.arange(BLOCK)
     assert torch.equal(row.cpu(), expected)

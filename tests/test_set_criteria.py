@@ -329,8 +329,19 @@ def test_an_error_names_criterion_and_argument(
 @pytest.mark.parametrize(
     "num_boxes",
     [
-        *(True, False, "4", [4], torch.ones(2), torch.tensor(True), np.array([1.0, 2.0])),
-        *(-3, 0, 0.0, np.float64(-1), float("nan"), float("inf")),
+        True,
+        False,
+        "4",
+        [4],
+        torch.ones(2),
+        torch.tensor(True),
+        np.array([1.0, 2.0]),
+        -3,
+        0,
+        0.0,
+        np.float64(-1),
+        float("nan"),
+        float("inf"),
     ],
     ids=str,
 )
@@ -396,8 +407,15 @@ def test_a_weight_replaced_later_is_checked(name: str = "detr") -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        *((COSTS, True, 0.25), (COSTS, 0.25, False), (COSTS, "0.25"), (1, 5, 2), (None,)),
-        *(({"cost_class": True},), ({"cost_class": "2"},), ({},), ({"cost_mask": 1},)),
+        (COSTS, True, 0.25),
+        (COSTS, 0.25, False),
+        (COSTS, "0.25"),
+        (1, 5, 2),
+        (None,),
+        ({"cost_class": True},),
+        ({"cost_class": "2"},),
+        ({},),
+        ({"cost_mask": 1},),
     ],
     ids=str,
 )

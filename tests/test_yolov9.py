@@ -289,29 +289,41 @@ MAPS = [(8, 12), (4, 6), (2, 3)]
 MISFITS: dict[str, tuple[tuple[int, int], list[int], list[tuple[int, int]], str]] = {
     "order": ((64, 96), [8, 16, 32], MAPS[::-1], r"\(8, 12\) at stride 8, got \(2, 3\): .*order"),
     "order of two": (
-        *((64, 96), [8, 16, 32], [MAPS[0], *MAPS[:0:-1]]),
+        (64, 96),
+        [8, 16, 32],
+        [MAPS[0], *MAPS[:0:-1]],
         r"level 1 must have \(h, w\) = \(4, 6\) at stride 16, got \(2, 3\): .* order",
     ),
     "strides": (
-        *((64, 96), [32, 16, 8], MAPS),
+        (64, 96),
+        [32, 16, 8],
+        MAPS,
         r"\(2, 3\) at stride 32, got \(8, 12\): .*order than vec2box's strides \[32, 16, 8\]",
     ),
     "width first": (
-        *((96, 64), [8, 16, 32], MAPS),
+        (96, 64),
+        [8, 16, 32],
+        MAPS,
         r"\(12, 8\) at stride 8, got \(8, 12\): .*image_size .*is \(height, width\)",
     ),
     "size": (
-        *((64, 64), [8, 16, 32], MAPS),
+        (64, 64),
+        [8, 16, 32],
+        MAPS,
         r"\(8, 8\) at stride 8, got \(8, 12\): .*call vec2box.update\(\(height, width\), device\)",
     ),
     "as many anchors": (
-        *((32, 192), [8, 16, 32], MAPS),
+        (32, 192),
+        [8, 16, 32],
+        MAPS,
         r"\(4, 24\) at stride 8, got \(8, 12\): .*call vec2box.update",
     ),
     "levels": ((64, 96), [8, 16, 32], MAPS[:2], r"an entry per level, got 2 for strides \[8, 16"),
     "no levels": ((64, 96), [8, 16, 32], [], "an entry per level, got none for strides"),
     "rounded up": (
-        *((60, 90), [8, 16, 32], MAPS),
+        (60, 90),
+        [8, 16, 32],
+        MAPS,
         r"\(7, 11\) at stride 8, got \(8, 12\): .*\(60, 90\).*multiple of 32.*as \(64, 96\)",
     ),
 }

@@ -121,9 +121,20 @@ Widths = dict[int, int]
 # Of an instruction's suffixes, those that give its width in bits; without one it is 32.
 _SASS_WIDTHS = {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
 _AMDGCN_WIDTHS = {
-    **{"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32},
-    **{"b128": 128, "b96": 96, "b64": 64, "b32": 32},
-    **{"ushort": 16, "sshort": 16, "short": 16, "ubyte": 8, "sbyte": 8, "byte": 8},
+    "dwordx4": 128,
+    "dwordx3": 96,
+    "dwordx2": 64,
+    "dword": 32,
+    "b128": 128,
+    "b96": 96,
+    "b64": 64,
+    "b32": 32,
+    "ushort": 16,
+    "sshort": 16,
+    "short": 16,
+    "ubyte": 8,
+    "sbyte": 8,
+    "byte": 8,
 }
 
 

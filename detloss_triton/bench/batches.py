@@ -108,8 +108,14 @@ def atss(
     inputs: dict[str, Any] = {
         name: []
         for name in (
-            *("anchors", "cls_score", "bbox_pred", "centerness", "labels", "label_weights"),
-            *("bbox_targets", "valid_label_mask"),
+            "anchors",
+            "cls_score",
+            "bbox_pred",
+            "centerness",
+            "labels",
+            "label_weights",
+            "bbox_targets",
+            "valid_label_mask",
         )
     }
     n_positive = 0

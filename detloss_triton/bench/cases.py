@@ -84,7 +84,9 @@ CRITERIA = {
     case.name: case
     for case in (
         CriterionCase(
-            *("atss", "atss", _ATSS),
+            "atss",
+            "atss",
+            _ATSS,
             {"size": 640, "positives": 0.003, "strides": (8, 16, 32, 64, 128)},
         ),
         CriterionCase("rtmdet", "rtmdet", _RTMDET, {"size": 640, "positives": 0.01}),
@@ -235,12 +237,16 @@ def _mined(draw: Draw, batch: int) -> Sample:
 _OPS: tuple[tuple[str, str, Size, Callable[[Draw, int], Sample]], ...] = (
     ("binary_cross_entropy", "", _YOLOV9, _classified({}, 8400, 80, 0.02, True)),
     (
-        *("sigmoid_focal", "", _ATSS),
+        "sigmoid_focal",
+        "",
+        _ATSS,
         _classified({"alpha": 0.25, "gamma": 2.0}, 8525, 80, 0.003, False),
     ),
     ("quality_focal", "", _RTMDET, _classified({"beta": 2.0}, 8400, 80, 0.01, True)),
     (
-        *("varifocal", "", _DETR),
+        "varifocal",
+        "",
+        _DETR,
         _classified({"alpha": 0.75, "gamma": 2.0}, 6 * 300, 80, 0.04, True),
     ),
     ("two_bin", "classes", _SSD, _binned(8732, 81, False)),

@@ -30,16 +30,28 @@ CACHES = 3
 MOST_COPIES = 64
 # What starts work on the GPU, by the names that its profiler gives to the driver's calls.
 LAUNCHES = (
-    *("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync"),
-    *("cudaGraphLaunch", "hipLaunchKernel", "hipExtModuleLaunchKernel", "hipModuleLaunchKernel"),
-    *("hipMemcpyAsync", "hipMemcpyWithStream", "hipMemsetAsync"),
+    "cudaLaunchKernel",
+    "cuLaunchKernel",
+    "cudaMemcpyAsync",
+    "cudaMemsetAsync",
+    "cudaGraphLaunch",
+    "hipLaunchKernel",
+    "hipExtModuleLaunchKernel",
+    "hipModuleLaunchKernel",
+    "hipMemcpyAsync",
+    "hipMemcpyWithStream",
+    "hipMemsetAsync",
 )
 _aten = torch.ops.aten
 # What makes the host wait for a device: `.item()`, `nonzero`, boolean indexing, `unique`.
 READS = frozenset(
     {
-        *(_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.is_nonzero.default),
-        *(_aten.equal.default, _aten.masked_select.default, _aten._unique2.default),
+        _aten._local_scalar_dense.default,
+        _aten.nonzero.default,
+        _aten.is_nonzero.default,
+        _aten.equal.default,
+        _aten.masked_select.default,
+        _aten._unique2.default,
     }
 )
 

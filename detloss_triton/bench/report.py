@@ -61,7 +61,9 @@ def table(report: Report) -> str:
         share = row.get("of_copy_bandwidth")
         rows.append(
             (
-                *(row["name"], row["provider"], row["pass"]),
+                row["name"],
+                row["provider"],
+                row["pass"],
                 *(number(row["ms"][key]) for key in ("median", "p10", "p90")),
                 number(row.get("gb_per_s")),
                 "-" if share is None else f"{share:.0%}",
@@ -92,8 +94,13 @@ def heading(report: Report) -> str:
 def _key(row: Row) -> tuple[Any, ...]:
     size = row.get("size", {})
     return (
-        *(row["kind"], row["name"], row.get("axis"), row.get("value"), size.get("batch")),
-        *(row["provider"], row["pass"]),
+        row["kind"],
+        row["name"],
+        row.get("axis"),
+        row.get("value"),
+        size.get("batch"),
+        row["provider"],
+        row["pass"],
     )
 
 

@@ -250,10 +250,13 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         lines.append(
             (
-                *(row["target"], row["variant"], row["pass"]),
+                row["target"],
+                row["variant"],
+                row["pass"],
                 *(str(row[key]) for key in ("registers", "shared", "local", "spills")),
                 *(widths(row[key]) for key in ("loads", "stores")),
-                *(str(row["programs"]), f"{row['bytes_per_element']:g}"),
+                str(row["programs"]),
+                f"{row['bytes_per_element']:g}",
             )
         )
     return aligned(lines)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from detloss_triton.boxes import cxcywh_to_xyxy
 from detloss_triton.matchers import HungarianMatcher
 from detloss_triton.ops.classification import varifocal
-from detloss_triton.ops.regression import giou_loss, iou_loss, l1
+from detloss_triton.ops.regression import GIOU_EPS, giou_loss, iou_loss, l1
 from detloss_triton.precision import arithmetic_dtype
 from detloss_triton.reduction import rank_means, unbound
 from detloss_triton.settings import described
@@ -44,8 +44,6 @@ from .arguments import constants, precision_of
 from .denoising import denoising_map, prepare_positives
 from .levels import has_hooks
 from .matches import Matched, map_of_indices, matched_targets
-
-_GIOU_EPS = 1e-6
 
 Output = Mapping[str, Any]
 # Per image, as a list of dictionaries or packed.
@@ -123,7 +121,7 @@ def box_losses(boxes: Tensor, found: Matched) -> tuple[Tensor, Tensor]:
     boxes = boxes.masked_fill(~found.matched.unsqueeze(-1), 0)
     distance = l1(boxes, target, weight=weight, keep=1)
     overlap = giou_loss(
-        cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target), weight=weight, keep=1, eps=_GIOU_EPS
+        cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target), weight=weight, keep=1, eps=GIOU_EPS
     )
     return distance, overlap
 

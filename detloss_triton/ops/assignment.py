@@ -15,7 +15,7 @@ from detloss_triton.engine import Sample, direct, power_of_2
 
 # What a NaN or infinite cost counts as; large beside any cost of matching, exact in float32.
 LIMIT = 1e10
-# Of the kernel, whose state for one problem lives in the registers of one program.
+# The largest problem of the kernel, which keeps all of one problem in a program's registers.
 _MAX_LONG, _MAX_SHORT = 4096, 1024
 # Columns per warp, four to a lane: the reductions between warps cost more than those within one.
 _COLUMNS_PER_WARP = 128
@@ -25,10 +25,10 @@ def _samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
     def integers(low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high, shape, generator=generator)
 
-    # Small whatever `rows`: an interpreted problem takes time by its boxes and its path lengths.
+    # Small whatever `rows` is, for the interpreter is slow.
     few = min(rows, 6)
     for n_rows, n_cols in ((few, 9), (few, few), (9, few)):
-        # A planted assignment is the only optimum: each pair off it exceeds the duals by 1 or more.
+        # A planted assignment is the only optimum: any other pair costs 1 or more above the duals.
         # Integers below 256 are exact in every dtype, so rounding makes no ties.
         short, long = min(n_rows, n_cols), max(n_rows, n_cols)
         planted = torch.stack([torch.randperm(long, generator=generator)[:short] for _ in range(2)])
@@ -38,14 +38,14 @@ def _samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
         cost = (slack + integers(40, 100, 2, short, 1) + v).float()
         whole = torch.tensor([[short] * 2, [long] * 2])
         if n_rows > n_cols:
-            # Strided, as a cost computed by query and read by box.
+            # Strided, as where a cost is computed query by query and solved box by box.
             cost, whole = cost.transpose(1, 2), whole.flip(0)
         yield Sample((cost, whole[0], whole[1]))
 
 
 @direct(samples=_samples)
 def optimal_assignment(cost: Tensor, n_rows: Tensor, n_cols: Tensor) -> Tensor:
-    """`linear_sum_assignment` of (P, R, C), arguments unchecked; n_rows and n_cols are required."""
+    """`linear_sum_assignment` of a cost (P, R, C) and counts (P,), which are not checked."""
     return _solve_on_host(cost, n_rows, n_cols)
 
 
@@ -92,6 +92,7 @@ def _(cost: Tensor, n_rows: Tensor, n_cols: Tensor) -> Tensor:
         return cost.new_full((n_problems, n_rows_max), -1, dtype=torch.int64)
     column_of_row = cost.new_empty((n_problems, n_rows_max), dtype=torch.int64)
     block = max(power_of_2(max(n_rows_max, n_cols_max)), _COLUMNS_PER_WARP)
+    s_problem, s_row, s_column = cost.stride()
     backend.launch(
         kernels.assignment.assignment_kernel,
         (n_problems,),
@@ -100,7 +101,9 @@ def _(cost: Tensor, n_rows: Tensor, n_cols: Tensor) -> Tensor:
         p_n_rows=n_rows.contiguous(),
         p_n_cols=n_cols.contiguous(),
         p_column_of_row=column_of_row,
-        **dict(zip(("s_problem", "s_row", "s_column"), cost.stride(), strict=True)),
+        s_problem=s_problem,
+        s_row=s_row,
+        s_column=s_column,
         n_rows_max=n_rows_max,
         n_cols_max=n_cols_max,
         LIMIT=LIMIT,
@@ -123,9 +126,9 @@ def linear_sum_assignment(
 
     Shapes:
         cost: (P, R, C) or (R, C), any float dtype and any strides. The kernel takes at most
-            4,096 by 1,024, either way round, and no float64: with the backend on "auto", such
-            problems take the torch backend. Reading is fastest
-            where neighbours along the longer side are neighbours in memory.
+            4,096 by 1,024, either way round, and no float64: with the backend on "auto", other
+            problems take the torch backend. Reading is fastest where neighbours along the longer
+            side are neighbours in memory.
         n_rows, n_cols: (P,), or () for one problem, integers on the device of the cost: problem p
             is `cost[p, :n_rows[p], :n_cols[p]]`. By default all of it. Counts are clamped to the
             shape of the cost; they are not read back, so nothing can be raised for them.
@@ -136,35 +139,33 @@ def linear_sum_assignment(
     ones are clamped to ±1e10: such a pair is matched only if nothing else is left.
 
     Raises:
+        TypeError: for what is no tensor.
         ValueError: for other shapes, dtypes or devices, or too large a problem for the kernel.
     """
+    place = "linear_sum_assignment"
+    for name, x in (("cost", cost), ("n_rows", n_rows), ("n_cols", n_cols)):
+        if not isinstance(x, Tensor) and (x is not None or name == "cost"):
+            raise TypeError(f"{place}: {name} must be a tensor, got {type(x).__name__}")
+    shape, problems = tuple(cost.shape), cost.shape[:-2]
     if cost.dim() not in (2, 3):
-        raise ValueError(
-            f"linear_sum_assignment: cost must have shape (P, R, C) or (R, C), "
-            f"got {tuple(cost.shape)}"
-        )
+        raise ValueError(f"{place}: cost must have shape (P, R, C) or (R, C), got {shape}")
     if not cost.is_floating_point():
-        raise ValueError(f"linear_sum_assignment: cost must be floating point, got {cost.dtype}")
+        raise ValueError(f"{place}: cost must be floating point, got {cost.dtype}")
     if cost.dtype == torch.float64:
-        backend.refuse_double("linear_sum_assignment: cost", cost.device)
-    problems = cost.shape[:-2]
+        backend.refuse_double(f"{place}: cost", cost.device)
     counts = []
-    for name, count, size in zip(
-        ("n_rows", "n_cols"), (n_rows, n_cols), cost.shape[-2:], strict=True
-    ):
+    for name, count, size in (("n_rows", n_rows, shape[-2]), ("n_cols", n_cols, shape[-1])):
         if count is None:
             count = torch.full(problems, size, dtype=torch.int32, device=cost.device)
         if count.shape != problems:
             raise ValueError(
-                f"linear_sum_assignment: {name} must have shape {tuple(problems)} for a cost of "
-                f"shape {tuple(cost.shape)}, got {tuple(count.shape)}"
+                f"{place}: {name} must have shape {tuple(problems)} for a cost of shape {shape}, "
+                f"got {tuple(count.shape)}"
             )
         if count.is_floating_point() or count.is_complex() or count.dtype == torch.bool:
-            raise ValueError(f"linear_sum_assignment: {name} must hold integers, got {count.dtype}")
+            raise ValueError(f"{place}: {name} must hold integers, got {count.dtype}")
         if count.device != cost.device:
-            raise ValueError(
-                f"linear_sum_assignment: {name} is on {count.device}, cost on {cost.device}"
-            )
+            raise ValueError(f"{place}: {name} is on {count.device}, cost on {cost.device}")
         counts.append(count.reshape(-1))
     out: Tensor = optimal_assignment(cost if problems else cost.unsqueeze(0), *counts)
     return out.reshape(cost.shape[:-1])

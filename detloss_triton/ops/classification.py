@@ -1,10 +1,9 @@
-"""Losses over class logits: sigmoid losses with one scored label per row, and their samples.
+"""Sigmoid losses over class logits, with one scored label per row.
 
 Every op takes the same inputs. `label` (*rows,) is the index of the target class; an index outside
 [0, classes) is background. `score` (*rows,) is the target at the label, 1 if None. With no label
-(None), every class of a row has the row's score as its target: with one class per row, these are
-dense soft targets; with no score either, all is background. `mask` (*rows, classes) weighs
-entries. A row's loss is summed over classes.
+(None), every class of a row has the row's score as its target, so `dense` gives each entry a target
+of its own. `mask` (*rows, classes) weighs entries. A row's loss is summed over classes.
 """
 
 from __future__ import annotations
@@ -47,40 +46,40 @@ def _samples(*params: dict[str, Any]) -> Callable[..., Iterator[Sample]]:
     return samples
 
 
-def _at_label(
-    value: Tensor | float, elsewhere: Tensor, label: Tensor | None, score: Tensor | None
-) -> Tensor:
-    """(*rows, classes): the row's score, or else the value, at its label; `elsewhere` elsewhere.
+def dense(logits: Tensor, targets: Tensor) -> tuple[Tensor, None, Tensor, None]:
+    """An op's inputs where each entry has a target of its own: rows of one class."""
+    return logits.unsqueeze(-1), None, targets, None
+
+
+def _at_label(elsewhere: Tensor, label: Tensor | None, score: Tensor | None) -> Tensor:
+    """(*rows, classes): the row's score (or 1) at its label, `elsewhere` at other classes.
 
     Without labels every class of the row is its label.
     """
-    if score is not None:
-        value = score.unsqueeze(-1)
     if label is None:
-        return elsewhere * 0 + value
+        score = elsewhere.new_ones(elsewhere.shape[:-1]) if score is None else score
+        return score.unsqueeze(-1).expand(elsewhere.shape)
+    value = 1.0 if score is None else score.unsqueeze(-1)
     columns = torch.arange(elsewhere.shape[-1], device=elsewhere.device)
     return torch.where(label.unsqueeze(-1) == columns, value, elsewhere)
 
 
 def _targets(logits: Tensor, label: Tensor | None, score: Tensor | None) -> Tensor:
-    """Targets of all entries; with neither label nor score all are background."""
-    if label is None and score is not None:
-        return score.unsqueeze(-1).expand(logits.shape)
     zeros = torch.zeros((), dtype=logits.dtype, device=logits.device).expand(logits.shape)
-    return zeros if label is None else _at_label(1.0, zeros, label, score)
+    return _at_label(zeros, label, score)
 
 
 def _masked(losses: Tensor, mask: Tensor | None) -> Tensor:
     return losses if mask is None else losses * mask.to(losses.dtype)
 
 
-# Above 20 torch's softplus is the identity unless told otherwise: 2e-9 off, more than rounding.
-# Above 88 its exponential overflows.
-_EXACT = 40.0
+# Above its threshold torch's softplus(x) is x. That is 2e-9 off at its default of 20, more than
+# rounding; above 88 its exponential overflows.
+_THRESHOLD = 40.0
 
 
 def _bce(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.softplus(logits, threshold=_EXACT) - logits * targets
+    return F.softplus(logits, threshold=_THRESHOLD) - logits * targets
 
 
 def _background(
@@ -88,9 +87,9 @@ def _background(
 ) -> tuple[Tensor, Tensor]:
     """alpha p^gamma softplus(x), and its slope alpha p^gamma (p + gamma softplus(x) (1 - p)).
 
-    Autograd would take almost twice the passes, in what most of a dense detector's time goes to.
+    Most of a dense detector's step goes here, and autograd would take almost twice the passes.
     """
-    p, losses = logits.sigmoid(), F.softplus(logits, threshold=_EXACT)
+    p, losses = logits.sigmoid(), F.softplus(logits, threshold=_THRESHOLD)
     scale = _masked(p.pow(gamma), mask)
     if alpha != 1:
         scale = scale * alpha
@@ -117,7 +116,7 @@ def binary_cross_entropy(
 
 @binary_cross_entropy.of_background
 def _(logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    losses = F.softplus(logits, threshold=_EXACT)
+    losses = F.softplus(logits, threshold=_THRESHOLD)
     return _masked(losses, mask), _masked(logits.sigmoid(), mask)
 
 
@@ -200,7 +199,7 @@ def varifocal(
     gamma: float,
 ) -> Tensor:
     """BCE(x, q) q at the label, softplus(x) alpha p^gamma elsewhere; the factors are constants."""
-    scale = _at_label(1.0, alpha * logits.detach().sigmoid().pow(gamma), label, score)
+    scale = _at_label(alpha * logits.detach().sigmoid().pow(gamma), label, score)
     return _masked(_bce(logits, _targets(logits, label, score)) * scale, mask)
 
 
@@ -208,7 +207,7 @@ def varifocal(
 def _(logits: Tensor, mask: Tensor | None, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
     p = logits.sigmoid()
     scale = _masked(alpha * p.pow(gamma), mask)
-    return F.softplus(logits, threshold=_EXACT) * scale, p * scale
+    return F.softplus(logits, threshold=_THRESHOLD) * scale, p * scale
 
 
 @varifocal.triton

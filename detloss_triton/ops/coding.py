@@ -38,9 +38,9 @@ def delta_decode(
     limit: float,
     max_shift: float,
 ) -> Tensor:
-    """Boxes xyxy: centre + d size, size exp(log ratio), with the ratio's logarithm within +-limit.
+    """Boxes xyxy: centre + d size, and size exp(r) with r clamped to +-limit.
 
-    Where max_shift > 0 the centre moves by at most that, and the ratio is limited from above only.
+    Where max_shift > 0 the centre moves by at most that, and r is clamped from above only.
     """
     dx, dy, dw, dh = (
         d * std + mean for d, std, mean in zip(deltas.unbind(-1), stds, means, strict=True)

@@ -14,13 +14,12 @@ from detloss_triton.precision import at_least_float32
 
 # A program holds whole rows; wider ones would spill.
 MAX_BINS = 4096
-
 # Keeps a target off the last bin, which has no right neighbour.
 BIN_MARGIN = 0.01
 
 
 def two_bins(distances: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """(left bin, weight of the bin to its right) of distances clamped to [0, bins - 1.01]."""
+    """(left bin, weight of the bin to its right) of distances, clamped into the bins."""
     distances = at_least_float32(distances).clamp(0, bins - 1 - BIN_MARGIN)
     left = distances.floor()
     return left.long(), distances - left
@@ -85,8 +84,7 @@ def _beyond(logits: Tensor, *others: Tensor | None) -> str:
 def _whole_rows(kernel: Any, logits: Tensor, tile: int = TILE, **constants: Any) -> Tile:
     bins = power_of_2(logits.shape[-1])
     # Rows wider than a tile take more warps, not more registers.
-    warps = max(4, bins * 4 // TILE)
-    constants |= {"BK": bins, "num_warps": warps}
+    constants |= {"BK": bins, "num_warps": max(4, bins * 4 // TILE)}
     return Tile(kernel, rows=max(tile // bins, 1), constants=constants)
 
 
@@ -109,8 +107,8 @@ def _distillation_samples(rows: int, generator: torch.Generator) -> Iterator[Sam
 def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 KL(softmax(teacher / T) || softmax(student / T)).
 
-    Of the softmaxes' logarithms the norms are taken apart, so that the gradient T (q - p) is the
-    difference of two like terms: exactly 0 where the student equals its teacher.
+    Written so that the gradient T (q - p) subtracts two softmaxes that are computed alike: it is
+    exactly 0 where the student equals its teacher.
     """
     x, t = student / temperature, teacher / temperature
     x, t = x - x.detach().amax(-1, keepdim=True), t - t.amax(-1, keepdim=True)
@@ -124,7 +122,7 @@ distillation.limited(_beyond)
 
 @distillation.triton
 def _(student: Tensor, teacher: Tensor, temperature: float) -> Tile:
-    # Half a tile of two tensors each: with whole ones 8 bytes are spilled on sm_80.
+    # Half a tile: two tensors of a whole one would spill on sm_80.
     return _whole_rows(
         kernels.distributions.distillation_kernel,
         student,

@@ -1,4 +1,4 @@
-"""What matching computes over pairs of predictions and targets. No gradients."""
+"""Metrics and costs of pairs of predictions and targets, for matching. No gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from detloss_triton.boxes import Columns, columns, overlap
 from detloss_triton.engine import Sample, direct, slices
 from detloss_triton.precision import arithmetic_dtype
 
-from .regression import YOLOV9_EPS, added_iou, centre_term, ciou, giou
+from .regression import GIOU_EPS, YOLOV9_EPS, added_iou, centre_term, ciou, giou
+
+# Added inside the logarithms of the class cost.
+_LOG_EPS = 1e-8
+# Anchors or queries that a program takes.
+_BLOCK = 256
 
 
 def _task_aligned_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
@@ -58,8 +63,13 @@ def task_aligned(
         return logits.to(dtype), logits.new_zeros(logits.shape[:2], dtype=dtype)
     p, t = boxes.to(dtype).unsqueeze(1), targets.to(dtype).unsqueeze(2)
     metric, score = _aligned(
-        *(columns(p), columns(t), anchors.to(dtype).unbind(-1), logits.to(dtype)),
-        *(iou, iou_power, class_power),
+        columns(p),
+        columns(t),
+        anchors.to(dtype).unbind(-1),
+        logits.to(dtype),
+        iou,
+        iou_power,
+        class_power,
     )
     return metric, score.amax(-1)
 
@@ -74,16 +84,16 @@ def _(
     iou_power: float,
     class_power: float,
 ) -> tuple[Tensor, Tensor]:
-    """Only of pairs that overlap: the others, nearly all, have a similarity of 0."""
+    """Evaluates the pairs that overlap: the others, nearly all, have a similarity of 0."""
     dtype = arithmetic_dtype(boxes, logits, targets)
     metric = logits.new_zeros(logits.shape, dtype=dtype)
     best = logits.new_zeros(logits.shape[:2], dtype=dtype)
     points = anchors.to(dtype).unbind(-1)
     for image, (p, t) in enumerate(zip(boxes.to(dtype), targets.to(dtype), strict=True)):
-        # Each coordinate in memory of its own, as it is compared with many.
+        # Coordinate by coordinate in memory, for each is compared with many.
         p = p.T.contiguous()
         for some in slices(len(t), p.shape[1]):
-            # NaN is not 0, and so is evaluated.
+            # An overlap of NaN is not 0, so it is evaluated and shows.
             near = overlap(_columns(p), columns(t[some].unsqueeze(1))).bool()
             target, anchor = near.nonzero(as_tuple=True)
             metric[image, some][target, anchor], score = _aligned(
@@ -91,7 +101,9 @@ def _(
                 _columns(t[some].T.index_select(1, target)),
                 tuple(x[anchor] for x in points),
                 logits[image, some][target, anchor].to(dtype),
-                *(iou, iou_power, class_power),
+                iou,
+                iou_power,
+                class_power,
             )
             best[image, some].scatter_reduce_(0, target, score, "amax")
     return metric, best
@@ -120,7 +132,7 @@ def _columns(boxes: Tensor) -> Columns:
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:
-    """x^exponent, by squaring where that helps: torch has no fast path beyond the cube."""
+    """x^exponent; even ones by a square, since torch is slow beyond the cube."""
     return x.square().pow(exponent / 2) if exponent % 2 == 0 else x.pow(exponent)
 
 
@@ -145,8 +157,7 @@ def _(
     metric = logits.new_empty(logits.shape, dtype=torch.float32)
     if metric.numel() == 0:
         return metric, logits.new_zeros((n_images, n_targets), dtype=torch.float32)
-    block = 256
-    n_blocks = -(-n_anchors // block)
+    n_blocks = -(-n_anchors // _BLOCK)
     best = metric.new_empty((n_images, n_targets, n_blocks))
     backend.launch(
         kernels.matching.task_aligned_kernel,
@@ -167,15 +178,9 @@ def _(
         IOU_POWER=float(iou_power),
         CLASS_POWER=float(class_power),
         EPS=YOLOV9_EPS,
-        BA=block,
+        BA=_BLOCK,
     )
     return metric, best.amax(-1)
-
-
-# Under the logarithms of the class cost, as every DETR since the first adds it.
-_LOG_EPS = 1e-8
-# Of the union and the hull of boxes normalised to their image.
-GIOU_EPS = 1e-6
 
 
 def _cost_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
@@ -260,8 +265,7 @@ def _(
     cost = boxes.new_empty((n_problems, n_targets, n_queries), dtype=torch.float32)
     if cost.numel() == 0:
         return cost
-    block = 256
-    n_blocks = -(-n_queries // block)
+    n_blocks = -(-n_queries // _BLOCK)
     backend.launch(
         kernels.matching.match_cost_kernel,
         (n_problems * n_targets * n_blocks,),
@@ -283,6 +287,6 @@ def _(
         GAMMA=float(gamma),
         LOG_EPS=_LOG_EPS,
         GIOU_EPS=GIOU_EPS,
-        BQ=block,
+        BQ=_BLOCK,
     )
     return cost

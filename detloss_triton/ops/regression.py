@@ -14,9 +14,11 @@ from detloss_triton.backend import kernels
 from detloss_triton.boxes import Columns, area, columns, hull, overlap
 from detloss_triton.engine import TILE, Input, Sample, Tile, power_of_2, row_loss
 
-# The union's floor under the plain IoU, whatever the floor of the IoU itself.
+# The least union of a plain IoU; the least IoU is a loss's own `eps`.
 UNION_EPS = 1e-6
-# Added to the denominators of YOLOv9's IoU: small enough that it only keeps 0 / 0 away.
+# The least union and hull of a GIoU, in criteria and in matching.
+GIOU_EPS = 1e-6
+# Added to the denominators of YOLOv9's IoU.
 YOLOV9_EPS = 1e-9
 
 IOU_MODES = ("log", "square", "linear")
@@ -31,7 +33,7 @@ _INPUTS = (Input("pred", features=1, grad=True), Input("target", features=1, gra
 
 
 def _box_samples(*params: dict[str, Any]) -> Callable[..., Iterator[Sample]]:
-    """Boxes that overlap, are equal, touch, lie apart, have no size, or are turned inside out."""
+    """Boxes that overlap, are equal, share edges, lie apart, have no width or a negative one."""
 
     def samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
         def boxes() -> Tensor:
@@ -67,7 +69,7 @@ def _coordinate_samples(*params: dict[str, Any]) -> Callable[..., Iterator[Sampl
 
 
 def _iou(p: Columns, t: Columns, eps: float) -> tuple[Tensor, Tensor]:
-    """(IoU, union) with the union at least eps."""
+    """(IoU, union), the union at least eps."""
     inter = overlap(p, t)
     union = (area(p) + area(t) - inter).clamp(min=eps)
     return inter / union, union
@@ -82,13 +84,14 @@ def giou(p: Columns, t: Columns, eps: float) -> Tensor:
 
 
 def centre_term(p: Columns, t: Columns, eps: float) -> Tensor:
-    """Squared distance of the centres over the squared diagonal of the enclosing box, plus eps."""
+    """Squared distance of the centres over the squared diagonal of the hull plus eps."""
     width, height = hull(p, t)
     across = (p[0] + p[2] - t[0] - t[2]).square() + (p[1] + p[3] - t[1] - t[3]).square()
     return across / 4 / (width.square() + height.square() + eps)
 
 
 def added_iou(p: Columns, t: Columns, eps: float) -> Tensor:
+    """IoU with eps added to the union."""
     inter = overlap(p, t)
     return inter / (area(p) + area(t) - inter + eps)
 
@@ -133,7 +136,7 @@ def _(pred: Tensor, target: Tensor, mode: str, eps: float) -> Tile:
     return _overlap_tile("iou", UNION_EPS, eps, mode)
 
 
-@row_loss(*_INPUTS, samples=_box_samples({"eps": 1e-6}), skip=True)
+@row_loss(*_INPUTS, samples=_box_samples({"eps": GIOU_EPS}), skip=True)
 def giou_loss(pred: Tensor, target: Tensor, eps: float) -> Tensor:
     """1 - IoU + (hull - union) / hull."""
     return 1 - giou(columns(pred), columns(target), eps)
@@ -144,7 +147,7 @@ def _(pred: Tensor, target: Tensor, eps: float) -> Tile:
     return _overlap_tile("giou", eps)
 
 
-@row_loss(*_INPUTS, samples=_box_samples({"eps": 1e-9}), skip=True)
+@row_loss(*_INPUTS, samples=_box_samples({"eps": YOLOV9_EPS}), skip=True)
 def diou_loss(pred: Tensor, target: Tensor, eps: float) -> Tensor:
     """1 - IoU + squared centre distance / squared diagonal of the hull."""
     p, t = columns(pred), columns(target)
@@ -158,7 +161,9 @@ def _(pred: Tensor, target: Tensor, eps: float) -> Tile:
 
 @row_loss(
     *_INPUTS,
-    samples=_box_samples({"eps": 1e-9, "alpha_grad": True}, {"eps": 1e-7, "alpha_grad": False}),
+    samples=_box_samples(
+        {"eps": YOLOV9_EPS, "alpha_grad": True}, {"eps": 1e-7, "alpha_grad": False}
+    ),
     skip=True,
 )
 def ciou_loss(pred: Tensor, target: Tensor, eps: float, alpha_grad: bool) -> Tensor:
@@ -175,7 +180,7 @@ def _distance_tile(pred: Tensor, *loss: Any) -> Tile:
     features = power_of_2(pred.shape[-1])
     return Tile(
         kernels.boxes.distance_kernel,
-        # Half a tile: both gradients with 64-bit offsets would spill otherwise on sm_80.
+        # Half a tile: with a whole one both gradients spill on sm_80.
         rows=max(TILE // 2 // features, 1),
         constants={"LOSS": loss, "BF": features},
     )

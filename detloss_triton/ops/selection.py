@@ -1,4 +1,4 @@
-"""Which rows a loss is of, where their number is known: without asking the device. No gradients."""
+"""Which rows a loss is over, where their number is known: nothing is read back. No gradients."""
 
 from __future__ import annotations
 
@@ -56,13 +56,12 @@ def _(mask: Tensor, n: int) -> Tensor:
     return found
 
 
-# Operators, as of a scan or a sort over all anchors Inductor of torch 2.11 makes code for a GPU
-# that does not run.
+# Opaque, since torch 2.11's Inductor makes GPU code that fails of a scan or a sort of all anchors.
 @opaque(
     "(Tensor mask, SymInt n) -> Tensor", lambda mask, n: mask.new_empty((n,), dtype=torch.int64)
 )
 def _first_set(mask: Tensor, n: int) -> Tensor:
-    # The running count of set entries reaches k first at the k-th one.
+    # The k-th set entry is where the running count first reaches k.
     count = mask.to(torch.int32).cumsum(0)
     rank = torch.arange(1, n + 1, device=mask.device, dtype=count.dtype)
     return torch.searchsorted(count, rank)
@@ -77,9 +76,9 @@ def _hardness_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]
 
 @direct(samples=_hardness_samples)
 def hardest(hardness: Tensor, k: Tensor) -> Tensor:
-    """(N, A) mask of the k (N, 1) largest of each row of hardness (N, A); of equals the first.
+    """(N, A) mask of the k (N, 1) largest of each row of hardness (N, A), NaN above all.
 
-    NaN is above all.
+    Of equal ones the first are taken.
     """
     taken: Tensor = _hardest(hardness, k)
     return taken
@@ -87,14 +86,14 @@ def hardest(hardness: Tensor, k: Tensor) -> Tensor:
 
 @hardest.by_looking
 def _(hardness: Tensor, k: Tensor) -> Tensor:
-    """By the least of the k, which takes a fifth of the time that a sort of all does."""
+    """By a threshold, the least of the k largest: a fifth of the time of a sort."""
     most = int(k.max()) if k.numel() else 0
     if 0 < most < hardness.shape[1]:
         least = hardness.topk(most, dim=1).values.gather(1, (k - 1).clamp(min=0))
         taken = (hardness >= least) & (k > 0)
         if (taken.sum(1, keepdim=True) == k).all():
             return taken
-    # There is a NaN, or there are more equal ones than are taken.
+    # A NaN, or more equal ones than are taken.
     return _hardest(hardness, k)
 
 
