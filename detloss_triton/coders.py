@@ -12,6 +12,7 @@ from torch import Tensor
 from .boxes import ltrb
 from .ops import coding
 from .precision import at_least_float32
+from .settings import fused
 from .shapes import Dimensions, check_shapes
 
 MaxShape = Sequence[int] | Tensor | None
@@ -103,6 +104,7 @@ class DeltaXYWHBBoxCoder:
         normalised = zip(deltas, self.means, self.stds, strict=True)
         return torch.stack([(d - mean) / std for d, mean, std in normalised], -1)
 
+    @fused
     def decode(
         self,
         bboxes: Tensor,
@@ -160,6 +162,7 @@ class DistancePointBBoxCoder:
         distances = ltrb(points[..., :2], gt_bboxes)
         return distances if max_dis is None else distances.clamp(0, max_dis - eps)
 
+    @fused
     def decode(
         self,
         points: Tensor,

@@ -26,7 +26,7 @@ from .ops import classification, distribution, regression
 from .ops.selection import first_set
 from .precision import arithmetic_dtype, as_indices, at_least_float32
 from .reduction import EPS32, check_reduction, reduced
-from .settings import described
+from .settings import described, fused
 from .shapes import Dimensions, check_shapes
 from .validate import check_count
 
@@ -145,6 +145,7 @@ class CrossEntropyLoss(Loss):
         self.register_buffer("_class_weight", weights, persistent=False)
         self.avg_non_ignore = avg_non_ignore
 
+    @fused
     def forward(
         self,
         cls_score: Tensor,
@@ -251,6 +252,7 @@ class CrossSigmoidFocalLoss(Loss):
         self.gamma = gamma
         self.alpha = alpha
 
+    @fused
     def forward(
         self,
         pred: Tensor,
@@ -319,6 +321,7 @@ class QualityFocalLoss(Loss):
         self.beta = beta
         self.activated = activated
 
+    @fused
     def forward(
         self,
         pred: Tensor,
@@ -369,6 +372,7 @@ class _BoxLoss(Loss):
     def _constants(self) -> dict[str, Any]:
         raise NotImplementedError
 
+    @fused
     def forward(
         self,
         pred: Tensor,
@@ -446,6 +450,7 @@ class GIoULoss(_BoxLoss):
 class L1Loss(Loss):
     """|pred - target|, one loss per coordinate."""
 
+    @fused
     def forward(
         self,
         pred: Tensor,
@@ -472,6 +477,7 @@ class L1Loss(Loss):
 class BCELoss(nn.Module):
     """YOLOv9's classification loss: the sum of binary cross-entropies over the sum of targets."""
 
+    @fused
     def forward(self, predicts_cls: Tensor, targets_cls: Tensor, cls_norm: Tensor) -> Tensor:
         """Shapes: predicts_cls (B, A, C) logits, targets_cls (B, A, C) in [0, 1], cls_norm ()."""
         check_shapes(
@@ -508,6 +514,7 @@ def _matched(
 class BoxLoss(nn.Module):
     """YOLOv9's box loss: 1 - CIoU of the matched anchors, weighted by their score."""
 
+    @fused
     def forward(
         self,
         predicts_bbox: Tensor,
@@ -552,6 +559,7 @@ class DFLoss(nn.Module):
         self.vec2box = vec2box
         self.reg_max = reg_max
 
+    @fused
     def forward(
         self,
         predicts_anc: Tensor,

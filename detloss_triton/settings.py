@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from torch import nn
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def fused(method: _Method) -> _Method:
+    """Mark a method that criteria may call on (batch, anchors) rows, with a weight of each.
+
+    What a subclass, or an object, puts in its place has no mark, and is called as OTX calls it.
+    """
+    method.is_fused = True  # type: ignore[attr-defined]
+    return method
+
+
+def is_fused(x: Any, name: str) -> bool:
+    """Whether an object's method is one that is marked as `fused`."""
+    return name not in getattr(x, "__dict__", {}) and hasattr(
+        getattr(type(x), name, None), "is_fused"
+    )
 
 
 def described(module: nn.Module, **fused: bool) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detloss_triton import coders, losses
+from detloss_triton import losses
 from detloss_triton.precision import at_least_float32
 from detloss_triton.reduction import EPS32
+from detloss_triton.settings import is_fused
 from detloss_triton.shapes import check_shapes
 from detloss_triton.warn import not_traced
 
@@ -23,14 +24,13 @@ def is_ours(module: Any) -> bool:
     Ours run fused, on (batch, anchors) rows; all others are called as OTX calls them. So is one
     that does not reduce its losses, as they are then handed out in the shape of what they are of.
     """
-    if not isinstance(module, nn.Module) or "forward" in module.__dict__ or has_hooks(module):
-        return False
-    kind = type(module)
-    if kind.__call__ is not nn.Module.__call__ or getattr(module, "reduction", "") == "none":
-        return False
-    # Not of the bound method: Dynamo of torch 2.11 takes its module for another object.
-    name: str = kind.forward.__module__
-    return name == losses.__name__
+    return (
+        isinstance(module, nn.Module)
+        and type(module).__call__ is nn.Module.__call__
+        and is_fused(module, "forward")
+        and getattr(module, "reduction", "") != "none"
+        and not has_hooks(module)
+    )
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -45,9 +45,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 def is_our_coder(coder: Any) -> bool:
     """Whether a coder's decode is this library's: it takes rows of any shape, and a weight."""
-    decode = getattr(type(coder), "decode", None)
-    replaced = "decode" in getattr(coder, "__dict__", {})
-    return not replaced and getattr(decode, "__module__", "") == coders.__name__
+    return is_fused(coder, "decode")
 
 
 def ignores_labels(module: Any) -> bool:

@@ -147,8 +147,8 @@ def _chosen(op: Formula, first: Tensor, inputs: Sequence[Tensor | None]) -> str:
     if not reason:
         return chosen
     if not backend.is_auto():
-        raise RuntimeError(f"backend 'triton' was requested but cannot run: {reason.rstrip(',')}")
-    backend.warn_of_torch(first.device, f"{op.name}: {reason.rstrip(',')}", kind=op.name)
+        raise RuntimeError(f"backend 'triton' was requested but cannot run: {reason}")
+    backend.warn_of_torch(first.device, f"{op.name}: {reason}", kind=op.name)
     return "torch"
 
 

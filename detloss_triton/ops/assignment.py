@@ -81,7 +81,7 @@ def _(cost: Tensor, n_rows: Tensor, n_cols: Tensor) -> str:
         return ""
     return (
         f"cost may have up to {_MAX_LONG} by {_MAX_SHORT} rows and columns (either way round), "
-        f"got {n_rows_max} by {n_cols_max},"
+        f"got {n_rows_max} by {n_cols_max}"
     )
 
 

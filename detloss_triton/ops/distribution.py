@@ -78,7 +78,7 @@ def _(logits: Tensor, left: Any, weight_left: Any, weight_right: Any) -> Tile:
 @two_bin.limited
 def _beyond(logits: Tensor, *others: Tensor | None) -> str:
     bins = logits.shape[-1]
-    return f"logits may have up to {MAX_BINS} bins, got {bins}," if bins > MAX_BINS else ""
+    return f"logits may have up to {MAX_BINS} bins, got {bins}" if bins > MAX_BINS else ""
 
 
 def _whole_rows(kernel: Any, logits: Tensor, tile: int = TILE, **constants: Any) -> Tile:
