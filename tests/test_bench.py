@@ -15,7 +15,7 @@ from test_cli import refuse
 
 import detloss_triton as dt
 from detloss_triton import cli
-from detloss_triton.bench import machine, measure, peers, providers, report, run, shapes
+from detloss_triton.bench import cases, machine, measure, peers, providers, report, run
 from detloss_triton.bench.batches import BUILDERS
 from detloss_triton.engine import REGISTRY
 
@@ -114,7 +114,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     ours = [*providers.OURS[:1], providers.Provider("off", off)]
     monkeypatch.setattr(run, "OURS", [*ours, providers.Provider("broken", broken)])
-    (case,) = (case for case in shapes.op_cases() if case.name == "l1")
+    (case,) = (case for case in cases.op_cases() if case.name == "l1")
     rows = run.measure(run.op_job(case, QUICK), measure.Clock(), QUICK, 1.0)
     assert {row["provider"] for row in rows if "ms" in row} == {"ours torch", "torch.nn.functional"}
     reasons = {row["provider"]: row["absent"] for row in rows if "absent" in row}
@@ -123,10 +123,10 @@ def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_registry_and_the_criteria_are_walked() -> None:
-    cases = shapes.op_cases()
-    assert {case.op.name for case in cases} == REGISTRY.keys()
-    assert {case.builder for case in shapes.CRITERIA.values()} == BUILDERS.keys()
-    unnamed = shapes._from_samples(REGISTRY["giou_loss"])
+    walked = {case.op.name for case in cases.op_cases()}
+    assert walked == REGISTRY.keys()
+    assert {case.builder for case in cases.CRITERIA.values()} == BUILDERS.keys()
+    unnamed = cases._from_samples(REGISTRY["giou_loss"])
     task = providers.op_task(unnamed, 1, CPU)
     assert task.inputs["inputs"][0].shape == (8400, 4)
     assert task.differentiable
@@ -136,8 +136,8 @@ def test_the_registry_and_the_criteria_are_walked() -> None:
 def test_transformers_computes_the_same(name: str) -> None:
     pytest.importorskip("transformers")
     case = dataclasses.replace(
-        shapes.CRITERIA[name],
-        arguments={**shapes.CRITERIA[name].arguments, "queries": 40, "layers": 2, "boxes": 6},
+        cases.CRITERIA[name],
+        arguments={**cases.CRITERIA[name].arguments, "queries": 40, "layers": 2, "boxes": 6},
     )
     task = providers.criterion_task(case, CPU, images=2)
     true = providers.truth(providers.criterion_task(case, CPU, torch.float64, images=2))
@@ -156,7 +156,7 @@ def test_otx_is_asked_by_our_names(name: str, monkeypatch: pytest.MonkeyPatch) -
     changes = {"images": 2, "classes": 7} | (
         {"boxes": 3} if name in ("detr", "dfine") else {"size": 128}
     )
-    task = providers.criterion_task(shapes.CRITERIA[name], CPU, **changes)
+    task = providers.criterion_task(cases.CRITERIA[name], CPU, **changes)
     true = [x.double() for x in providers.results(providers.OURS[0], task.run, task)]
     (peer,) = (peer for peer in peers.peers_of(task.case) if peer.name == "OTX")
     run.checked(peer, task, true)
@@ -265,7 +265,7 @@ def test_gpu_clock_dry_run() -> None:
 
 
 def test_rotated_inputs_are_other_memory() -> None:
-    (case,) = (case for case in shapes.op_cases() if case.name == "l1")
+    (case,) = (case for case in cases.op_cases() if case.name == "l1")
     task = providers.op_task(case, 1, CPU)
     trees = task.copies(3)
     first = [tree["inputs"][0] for tree in trees]
