@@ -635,9 +635,9 @@ def test_blocks_equal_the_whole(tested: RowOp, monkeypatch: pytest.MonkeyPatch) 
             for sample in samples(tested, math.prod(rows), CPU):
                 for keep in keeps:
                     shaped = reshaped(sample, rows)
-                    monkeypatch.setattr(cpu, "pays", lambda inputs: False)
+                    monkeypatch.setattr(cpu, "pays", lambda call, inputs: False)
                     whole = computed(tested, shaped, keep)
-                    monkeypatch.setattr(cpu, "pays", lambda inputs: True)
+                    monkeypatch.setattr(cpu, "pays", lambda call, inputs: True)
                     close(computed(tested, shaped, keep), whole)
 
 
@@ -653,7 +653,7 @@ def test_few_rows_of_weight_are_evaluated_by_themselves(
         seen.append(args[0].shape[: args[0].dim() - tested.inputs[0].features].numel())
         return reference(*args, **params)
 
-    monkeypatch.setattr(cpu, "pays", lambda inputs: True)
+    monkeypatch.setattr(cpu, "pays", lambda call, inputs: True)
     sample = reshaped(fullest(tested, 60, CPU), (3, 20))
     weight = torch.arange(60.0).reshape(3, 20) * (torch.arange(20.0) % 7 == 2)
     sample = Sample(sample.inputs, sample.params, weight)
@@ -673,7 +673,7 @@ def test_few_rows_of_weight_are_evaluated_by_themselves(
                 assert seen and set(seen) == {n_used}
             assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
             with monkeypatch.context() as patch:
-                patch.setattr(cpu, "pays", lambda inputs: False)
+                patch.setattr(cpu, "pays", lambda call, inputs: False)
                 close([out.detach(), *found[0]], computed(tested, sample, keep))
 
 
@@ -711,9 +711,9 @@ def test_large_inputs_are_cut_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> 
     runs: list[bool] = []
     forward = cpu.forward
     monkeypatch.setattr(cpu, "forward", lambda *a: runs.append(True) or forward(*a))
-    monkeypatch.setattr(cpu, "MANY", 64)
     boxes = torch.rand(20, 4, requires_grad=True)
-    ciou = REGISTRY["ciou_loss"]
+    ciou = next(op for op in ROW_OPS if op.name == "ciou_loss")
+    monkeypatch.setattr(cpu, "MANY", 64 * ciou.temporaries)
     with backends.use_backend("torch"):
         ciou(boxes[:16], boxes[:16].detach(), eps=1e-7, alpha_grad=True)
         assert not runs
@@ -727,7 +727,7 @@ def test_large_inputs_are_cut_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_no_gradient_is_computed_without_grad_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient is found in forward: not where nobody will ask for it."""
-    monkeypatch.setattr(cpu, "MANY", 16)
+    monkeypatch.setattr(cpu, "MANY", 0)
     allocated: list[bool] = []
     new = Call.new_gradients
 

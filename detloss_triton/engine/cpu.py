@@ -25,16 +25,16 @@ from .formula import TEMPORARIES, Call, Inputs
 # their time on the fixed cost of some 0.2 ms of small operations.
 ELEMENTS = 2**22
 
-# Elements of the widest input from which on it pays to come here at all.
-MANY = 2**16
+# Elements of all temporaries of an op from which on it pays to cut it into blocks.
+MANY = 2**20
 
 Gradients = list[Tensor | None]
 _Index = tuple[int | slice, ...]
 
 
-def pays(inputs: Inputs) -> bool:
+def pays(call: Call, inputs: Inputs) -> bool:
     """Whether evaluation here takes less time than that of the reference as it stands."""
-    return max(x.numel() for x in inputs if x is not None) > MANY
+    return max(x.numel() for x in inputs if x is not None) * call.op.temporaries > MANY
 
 
 def forward(

@@ -64,7 +64,7 @@ class RowOp(RowFormula):
                 return call.whole(weight, *inputs)
             if modes.is_compiling():
                 return traced.evaluate(call, weight, inputs)
-            if not cpu.pays(inputs):
+            if not cpu.pays(call, inputs):
                 return call.whole(weight, *inputs)
         kernel = graph if modes.is_compiling() else gpu
         evaluator: Any = kernel if chosen == "triton" else cpu
