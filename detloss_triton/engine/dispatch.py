@@ -62,12 +62,12 @@ class RowOp(RowFormula):
         if chosen == "torch":
             if modes.is_transformed() or not backend.is_cpu(first.device):
                 return call.whole(weight, *inputs)
-            if modes.is_compiling():
+            if modes.is_compiling() and (call.is_summed or self.values):
                 return traced.evaluate(call, weight, inputs)
-            if not cpu.pays(call, inputs):
+            if not modes.is_compiling() and not cpu.pays(call, inputs):
                 return call.whole(weight, *inputs)
-        kernel = graph if modes.is_compiling() else gpu
-        evaluator: Any = kernel if chosen == "triton" else cpu
+        eager, compiled = (gpu, graph) if chosen == "triton" else (cpu, traced)
+        evaluator: Any = compiled if modes.is_compiling() else eager
         if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
             # Cheaper; and where nothing requires a gradient Dynamo misreads a Function's arguments.
             out, _ = evaluator.forward(call, weight, inputs, [False] * len(inputs))
@@ -113,19 +113,30 @@ class DirectOp(Formula):
     and return the same tensors.
     """
 
+    def __init__(
+        self,
+        reference: Callable[..., Any],
+        samples: Callable[..., Iterator[Sample]],
+        opaque: bool = False,
+    ) -> None:
+        super().__init__(reference, samples)
+        self.operator = graph.as_operator(self, self._on_torch, "_on_torch") if opaque else None
+
     def triton(self, launcher: Callable[..., Any]) -> Callable[..., Any]:
         return super().triton(graph.as_operator(self, launcher))
 
     def __call__(self, *tensors: Tensor, **params: Any) -> Any:
-        first = tensors[0]
-        run = self.reference
-        if self.launcher and _chosen(self, first, tensors) == "triton":
+        run = self.operator or self._on_torch
+        if self.launcher and _chosen(self, tensors[0], tensors) == "triton":
             run = self.launcher
-        elif self.looking and modes.host_sees(first.device):
-            run = self.looking
         names = self.parameters[len(tensors) :]
         with torch.no_grad():
             return run(*(t.detach() for t in tensors), *(params[name] for name in names))
+
+    def _on_torch(self, first: Tensor, *others: Any) -> Any:
+        if self.looking is not None and modes.host_sees(first.device):
+            return self.looking(first, *others)
+        return self.reference(first, *others)
 
 
 def _chosen(op: Formula, first: Tensor, inputs: Sequence[Tensor | None]) -> str:
@@ -180,6 +191,11 @@ def row_map(
     return lambda reference: RowOp(reference, inputs, samples, skip=skip, values=values)
 
 
-def direct(*, samples: Callable[..., Iterator[Sample]]) -> Callable[[Callable[..., Any]], DirectOp]:
-    """Declare the decorated torch reference as a direct op."""
-    return lambda reference: DirectOp(reference, samples)
+def direct(
+    *, samples: Callable[..., Iterator[Sample]], opaque: bool = False
+) -> Callable[[Callable[..., Any]], DirectOp]:
+    """Declare the decorated torch reference as a direct op.
+
+    What is `opaque` a graph does not look into: it calls an operator, which sees values on a CPU.
+    """
+    return lambda reference: DirectOp(reference, samples, opaque)

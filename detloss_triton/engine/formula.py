@@ -238,7 +238,8 @@ class Call:
         if weight is not None:
             missing = losses.dim() - weight.dim()
             losses = losses * weight[(..., *[None] * missing)].to(losses.dtype)
-        return losses.flatten(self.keep).sum(-1) if n_summed else losses
+        # Over dimensions as they lie: to join those of transposed logits would be to copy them.
+        return losses.sum(tuple(range(self.keep, losses.dim()))) if n_summed else losses
 
     def new_gradients(self, inputs: Inputs, wanted: Sequence[bool]) -> list[Tensor | None]:
         """Memory for the gradients wanted, in the layouts of the inputs."""

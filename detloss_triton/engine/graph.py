@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gpu
+from . import cpu, gpu
 from .formula import Call, Formula, Inputs, RowFormula
 from .operators import opaque
 
@@ -46,13 +46,31 @@ def backward(
     found: None,
 ) -> list[Tensor | None]:
     """As `gpu.backward`, by an operator."""
+    return _gradients(call, weight, inputs, dout, wanted, on_cpu=False)
+
+
+def backward_on_cpu(
+    call: Call, weight: Tensor | None, inputs: Inputs, dout: Tensor, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """As `cpu.backward`, by an operator."""
+    return _gradients(call, weight, inputs, dout, wanted, on_cpu=True)
+
+
+def _gradients(
+    call: Call,
+    weight: Tensor | None,
+    inputs: Inputs,
+    dout: Tensor,
+    wanted: Sequence[bool],
+    on_cpu: bool,
+) -> list[Tensor | None]:
     _, run = _operators[call.op.name]
-    gradients = iter(run(weight, *inputs, *_values(call), call.keep, dout, list(wanted)))
-    return [next(gradients) if want else None for want in wanted]
+    found = iter(run(weight, *inputs, *_values(call), call.keep, dout, list(wanted), on_cpu))
+    return [next(found) if want else None for want in wanted]
 
 
-def as_operator(op: Formula, launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """The launcher of an op without rows, an operator of its parameters where a graph calls it."""
+def as_operator(op: Formula, function: Callable[..., Any], suffix: str = "") -> Callable[..., Any]:
+    """A function of the parameters of an op without rows, an operator where a graph calls it."""
     signature = inspect.signature(op.reference)
     arguments = [
         f"{_TYPES.get(p.annotation, p.annotation)} {p.name}" for p in signature.parameters.values()
@@ -60,7 +78,7 @@ def as_operator(op: Formula, launcher: Callable[..., Any]) -> Callable[..., Any]
     n_results = signature.return_annotation.count("Tensor")
     results = "Tensor" if n_results == 1 else f"({', '.join(['Tensor'] * n_results)})"
     schema = f"({', '.join(arguments)}) -> {results}"
-    return opaque(schema, op.reference, name=op.name)(launcher)
+    return opaque(schema, op.reference, name=op.name + suffix)(function)
 
 
 def declare(op: RowFormula) -> None:
@@ -84,9 +102,15 @@ def declare(op: RowFormula) -> None:
         return gpu.forward(call, weight, inputs, [False] * n)[0]
 
     def run_backward(*args: Any) -> list[Tensor]:
-        *args_of_call, dout, wanted = args
+        *args_of_call, dout, wanted, on_cpu = args
         call, weight, inputs = call_of(args_of_call)
-        gradients = gpu.backward(call, weight, inputs, dout, wanted, None)
+        if on_cpu:
+            # An operator runs below autograd, by which gradients are found there.
+            key = torch._C.DispatchKey.AutogradFunctionality
+            with torch._C._SetExcludeDispatchKeyGuard(key, False):
+                gradients = cpu.backward(call, weight, inputs, dout, wanted, None)
+        else:
+            gradients = gpu.backward(call, weight, inputs, dout, wanted, None)
         return [g for g in gradients if g is not None]
 
     def like(*args: Any) -> Tensor:
@@ -95,10 +119,10 @@ def declare(op: RowFormula) -> None:
         return inputs[0].new_empty(call.out_shape, dtype=torch.float32)
 
     def gradients_like(*args: Any) -> list[Tensor]:
-        inputs, wanted = args[1 : n + 1], args[-1]
+        inputs, wanted = args[1 : n + 1], args[-2]
         return [torch.empty_like(x) for x, want in zip(inputs, wanted, strict=True) if want]
 
-    backward_schema = f"({common}, Tensor dout, bool[] wanted) -> Tensor[]"
+    backward_schema = f"({common}, Tensor dout, bool[] wanted, bool on_cpu) -> Tensor[]"
     _operators[op.name] = (
         opaque(f"({common}) -> Tensor", like, name=op.name)(run),
         opaque(backward_schema, gradients_like, name=f"{op.name}_backward")(run_backward),

@@ -6,24 +6,40 @@ forward: one loop over the logits instead of two, and backward scales what it fi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import cpu
+from . import cpu, graph
 from .formula import Call, Inputs
 from .operators import opaque
 
 
+def forward(
+    call: Call, weight: Tensor | None, inputs: Inputs, wanted: Sequence[bool]
+) -> tuple[Tensor, None]:
+    """The losses of all rows, of which backward may be asked for few."""
+    return call.whole(weight, *_with_labels(call, inputs), in_one_loop=True), None
+
+
+def backward(
+    call: Call,
+    weight: Tensor | None,
+    inputs: Inputs,
+    dout: Tensor,
+    wanted: Sequence[bool],
+    found: None,
+) -> list[Tensor | None]:
+    """The gradients, by an operator that looks for the rows which are asked for."""
+    return graph.backward_on_cpu(call, weight, inputs, dout, wanted)
+
+
 def evaluate(call: Call, weight: Tensor | None, inputs: Inputs) -> Tensor:
     """The losses, differentiable by the inputs that require it."""
-    # Labels are computed once, and not again for each class that they are compared with.
-    inputs = tuple(
-        computed_once(x) if x is not None and spec.index else x
-        for spec, x in zip(call.op.inputs, inputs, strict=True)
-    )
+    inputs = _with_labels(call, inputs)
     differentiated = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in inputs
     )
@@ -31,6 +47,14 @@ def evaluate(call: Call, weight: Tensor | None, inputs: Inputs) -> Tensor:
         out: Tensor = _InForward.apply(call, weight, *inputs)
         return out
     return call.whole(weight, *inputs, in_one_loop=True)
+
+
+def _with_labels(call: Call, inputs: Inputs) -> Inputs:
+    """Labels are computed once, and not again for each class that they are compared with."""
+    return tuple(
+        computed_once(x) if x is not None and spec.index else x
+        for spec, x in zip(call.op.inputs, inputs, strict=True)
+    )
 
 
 @opaque("(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape))

@@ -1,4 +1,8 @@
-"""Which rows a loss is over, where their number is known: nothing is read back. No gradients."""
+"""Which rows a loss is over, where their number is known: nothing is read back. No gradients.
+
+A graph calls these as operators: of a scan or a sort of all anchors torch 2.11's Inductor makes GPU
+code that fails.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from torch import Tensor
 
 from detloss_triton import backend
 from detloss_triton.backend import kernels
-from detloss_triton.engine import Sample, direct, opaque, power_of_2
+from detloss_triton.engine import Sample, direct, power_of_2
 
 # Columns that a program holds at a time; what it runs through lies in the cache.
 _BLOCK = 4096
@@ -26,11 +30,13 @@ def _mask_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
         yield Sample((mask,), {"n": n})
 
 
-@direct(samples=_mask_samples)
+@direct(samples=_mask_samples, opaque=True)
 def first_set(mask: Tensor, n: int) -> Tensor:
     """(n,) indices of the first n entries of a mask (A,) that are set; A where there are fewer."""
-    found: Tensor = _first_set(mask, n)
-    return found
+    # The k-th set entry is where the running count first reaches k.
+    count = mask.to(torch.int32).cumsum(0)
+    rank = torch.arange(1, n + 1, device=mask.device, dtype=count.dtype)
+    return torch.searchsorted(count, rank)
 
 
 @first_set.by_looking
@@ -56,17 +62,6 @@ def _(mask: Tensor, n: int) -> Tensor:
     return found
 
 
-# Opaque, since torch 2.11's Inductor makes GPU code that fails of a scan or a sort of all anchors.
-@opaque(
-    "(Tensor mask, SymInt n) -> Tensor", lambda mask, n: mask.new_empty((n,), dtype=torch.int64)
-)
-def _first_set(mask: Tensor, n: int) -> Tensor:
-    # The k-th set entry is where the running count first reaches k.
-    count = mask.to(torch.int32).cumsum(0)
-    rank = torch.arange(1, n + 1, device=mask.device, dtype=count.dtype)
-    return torch.searchsorted(count, rank)
-
-
 def _hardness_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
     hardness = torch.rand(3, rows, generator=generator)
     k = torch.tensor([[0], [min(3, rows)], [2 * rows]])
@@ -74,14 +69,15 @@ def _hardness_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]
     yield Sample(((hardness * 4).round(), k // 2))
 
 
-@direct(samples=_hardness_samples)
+@direct(samples=_hardness_samples, opaque=True)
 def hardest(hardness: Tensor, k: Tensor) -> Tensor:
     """(N, A) mask of the k (N, 1) largest of each row of hardness (N, A), NaN above all.
 
     Of equal ones the first are taken.
     """
-    taken: Tensor = _hardest(hardness, k)
-    return taken
+    order = hardness.sort(dim=1, descending=True, stable=True).indices
+    is_first = torch.arange(hardness.shape[1], device=hardness.device) < k
+    return torch.zeros_like(is_first).scatter(1, order, is_first)
 
 
 @hardest.by_looking
@@ -94,7 +90,8 @@ def _(hardness: Tensor, k: Tensor) -> Tensor:
         if (taken.sum(1, keepdim=True) == k).all():
             return taken
     # A NaN, or more equal ones than are taken.
-    return _hardest(hardness, k)
+    by_sorting: Tensor = hardest.reference(hardness, k)
+    return by_sorting
 
 
 @hardest.triton
@@ -112,10 +109,3 @@ def _(hardness: Tensor, k: Tensor) -> Tensor:
             **_block(taken.shape[1]),
         )
     return taken
-
-
-@opaque("(Tensor x, Tensor k) -> Tensor", lambda x, k: x.new_empty(x.shape, dtype=torch.bool))
-def _hardest(x: Tensor, k: Tensor) -> Tensor:
-    order = x.sort(dim=1, descending=True, stable=True).indices
-    first = torch.arange(x.shape[1], device=x.device) < k
-    return torch.zeros_like(first).scatter(1, order, first)
