@@ -238,8 +238,10 @@ class Call:
         if weight is not None:
             missing = losses.dim() - weight.dim()
             losses = losses * weight[(..., *[None] * missing)].to(losses.dtype)
-        # Over dimensions as they lie: to join those of transposed logits would be to copy them.
-        return losses.sum(tuple(range(self.keep, losses.dim()))) if n_summed else losses
+        if not n_summed:
+            return losses
+        # To join the dimensions of all would be to copy them where logits are transposed.
+        return losses.flatten(self.keep).sum(-1) if self.keep else losses.sum()
 
     def new_gradients(self, inputs: Inputs, wanted: Sequence[bool]) -> list[Tensor | None]:
         """Memory for the gradients wanted, in the layouts of the inputs."""

@@ -218,29 +218,42 @@ def match_cost(
     """
     dtype = arithmetic_dtype(logits, boxes, targets)
     n_problems, n_queries, n_classes = logits.shape
-    n_images, n_targets = labels.shape
-    cost = boxes.new_empty((n_problems, n_targets, n_queries), dtype=dtype)
-    if cost.numel() == 0:
-        return cost
-    n_layers = n_problems // n_images
-    logits, boxes = (x.unflatten(0, (n_layers, n_images)) for x in (logits, boxes))
+    n_images = len(labels)
+    layers_images = (n_problems // max(n_images, 1), n_images)
+    logits, boxes = logits.unflatten(0, layers_images), boxes.unflatten(0, layers_images)
     is_class = (labels >= 0) & (labels < n_classes)
-    index = labels.masked_fill(~is_class, 0).long().unsqueeze(1).expand(-1, n_queries, -1)
-    t = columns(targets.to(dtype).unsqueeze(2))
-    for layer, (x, box) in enumerate(zip(logits, boxes, strict=True)):
-        of_label = x.gather(2, index).transpose(1, 2).to(dtype)
-        of_label = of_label.masked_fill(~is_class.unsqueeze(2), 0)
-        p = columns(box.to(dtype).unsqueeze(1))
-        pos, neg = of_label.sigmoid(), (-of_label).sigmoid()
-        pair_cost = cost_class * (
-            (1 - alpha) * pos.pow(gamma) * (neg + _LOG_EPS).log()
-            - alpha * neg.pow(gamma) * (pos + _LOG_EPS).log()
-        )
-        for a, b in zip(p, t, strict=True):
-            pair_cost = pair_cost + cost_bbox * (a - b).abs()
-        pair_cost = pair_cost - cost_giou * giou(_corners(p), _corners(t), GIOU_EPS)
-        cost.view(n_layers, n_images, n_targets, n_queries)[layer] = pair_cost
-    return cost
+    index = labels.masked_fill(~is_class, 0).long().unsqueeze(1)
+    x = logits.gather(3, index.expand(len(logits), -1, n_queries, -1)).transpose(2, 3).to(dtype)
+    x = x.masked_fill(~is_class.unsqueeze(-1), 0)
+    p, t = columns(boxes.to(dtype).unsqueeze(2)), columns(targets.to(dtype).unsqueeze(2))
+    pos, neg = x.sigmoid(), (-x).sigmoid()
+    cost = cost_class * (
+        (1 - alpha) * pos.pow(gamma) * (neg + _LOG_EPS).log()
+        - alpha * neg.pow(gamma) * (pos + _LOG_EPS).log()
+    )
+    for a, b in zip(p, t, strict=True):
+        cost = cost + cost_bbox * (a - b).abs()
+    cost = cost - cost_giou * giou(_corners(p), _corners(t), GIOU_EPS)
+    return cost.flatten(0, 1)
+
+
+@match_cost.by_looking
+def _(
+    logits: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    targets: Tensor,
+    cost_class: float,
+    cost_bbox: float,
+    cost_giou: float,
+    alpha: float,
+    gamma: float,
+) -> Tensor:
+    """Layer by layer: what a CPU holds at a time stays in its caches."""
+    n_images = max(len(labels), 1)
+    weights = (cost_class, cost_bbox, cost_giou, alpha, gamma)
+    layers = zip(logits.split(n_images), boxes.split(n_images), strict=True)
+    return torch.cat([match_cost.reference(x, b, labels, targets, *weights) for x, b in layers])
 
 
 def _corners(c: Sequence[Tensor]) -> Columns:
