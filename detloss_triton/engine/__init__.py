@@ -6,7 +6,7 @@
 
     @giou_loss.triton                     # refused at import if its parameters differ
     def _(pred, target, eps):             # with the kernel's constants that gpu.py does not know
-        constants = {"LOSS": "giou", "EPS": eps, "OPTION": 0}
+        constants = {"LOSS": ("giou", eps)}
         return Tile(kernels.boxes.overlap_kernel, rows=128, constants=constants)
 
 A row op maps rows of its inputs to one loss each, weighs them and sums all but the leading `keep`
@@ -19,7 +19,6 @@ from .dispatch import DirectOp, RowOp, direct, row_loss, row_map
 from .formula import REGISTRY, TOLERANCE, Call, Formula, Input, Sample
 from .gpu import TILE, Tile, power_of_2
 from .modes import host_sees
-from .operators import opaque
 
 __all__ = [
     "REGISTRY",
@@ -34,7 +33,6 @@ __all__ = [
     "Tile",
     "direct",
     "host_sees",
-    "opaque",
     "power_of_2",
     "row_loss",
     "row_map",

@@ -1,6 +1,7 @@
-"""Kernels in a compiled graph: each op, and its gradient, is an operator that is not looked into.
+"""Operators of a compiled graph: each op, and its gradient, as an eager step runs it.
 
-Dynamo traces no kernel that takes tuples; and an operator runs what an eager step runs.
+On a GPU these are all there is, as Dynamo traces no kernel that takes tuples. On a CPU, where
+`traced` has the compiler fuse an op, they find the gradients of few rows.
 """
 
 from __future__ import annotations
