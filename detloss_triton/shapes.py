@@ -46,9 +46,7 @@ def check_shapes(place: str, /, **arguments: tuple[Any, Dimensions]) -> None:
             dimension if isinstance(dimension, int) else sizes.setdefault(dimension, size)
             for dimension, size in zip(dimensions, found, strict=False)
         ]
-        if len(found) != len(dimensions) or any(
-            size != wanted for size, wanted in zip(found, expected, strict=True)
-        ):
+        if list(found) != expected or len(found) != len(dimensions):
             known = dict(itertools.islice(sizes.items(), n_known))
             raise ValueError(
                 f"{place}: {name} must have {_of(dimensions, known)}, got {tuple(shape)}"
