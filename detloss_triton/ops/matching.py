@@ -252,8 +252,12 @@ def _(
     """Layer by layer: what a CPU holds at a time stays in its caches."""
     n_images = max(len(labels), 1)
     weights = (cost_class, cost_bbox, cost_giou, alpha, gamma)
-    layers = zip(logits.split(n_images), boxes.split(n_images), strict=True)
-    return torch.cat([match_cost.reference(x, b, labels, targets, *weights) for x, b in layers])
+    dtype = arithmetic_dtype(logits, boxes, targets)
+    cost = boxes.new_empty((len(logits), labels.shape[1], logits.shape[1]), dtype=dtype)
+    layers = zip(*(x.split(n_images) for x in (cost, logits, boxes)), strict=True)
+    for out, x, box in layers:
+        out.copy_(match_cost.reference(x, box, labels, targets, *weights))
+    return cost
 
 
 def _corners(c: Sequence[Tensor]) -> Columns:
