@@ -1,4 +1,4 @@
-"""What `repr` shows of a module: the arguments it was made with, and how its slots run."""
+"""How what stands in a criterion's slots is called, and what `repr` shows of a module."""
 
 from __future__ import annotations
 

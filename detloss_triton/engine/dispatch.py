@@ -18,7 +18,7 @@ from detloss_triton import backend
 from detloss_triton.precision import as_indices, as_values
 
 from . import cpu, gpu, graph, modes, traced
-from .formula import TEMPORARIES, Call, Formula, Input, RowFormula, Sample
+from .formula import TEMPORARIES, Call, Formula, Input, RowFormula, Sample, is_differentiated
 
 _TRANSFORMED = "torch.func transforms this call, and no transform looks into a kernel"
 
@@ -68,7 +68,7 @@ class RowOp(RowFormula):
                 return call.whole(weight, *inputs)
         eager, compiled = (gpu, graph) if chosen == "triton" else (cpu, traced)
         evaluator: Any = compiled if modes.is_compiling() else eager
-        if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
+        if not is_differentiated(inputs):
             # Cheaper; and where nothing requires a gradient Dynamo misreads a Function's arguments.
             out, _ = evaluator.forward(call, weight, inputs, [False] * len(inputs))
             return out
@@ -134,8 +134,8 @@ class DirectOp(Formula):
             return run(*(t.detach() for t in tensors), *(params[name] for name in names))
 
     def _on_torch(self, first: Tensor, *others: Any) -> Any:
-        if self.looking is not None and modes.host_sees(first.device):
-            return self.looking(first, *others)
+        if self.cpu_form is not None and modes.host_sees(first.device):
+            return self.cpu_form(first, *others)
         return self.reference(first, *others)
 
 

@@ -26,6 +26,11 @@ TEMPORARIES = 16
 Inputs = tuple[Tensor | None, ...]
 
 
+def is_differentiated(inputs: Inputs) -> bool:
+    """Whether autograd will ask for a gradient by one of them."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
 @dataclass(frozen=True)
 class Input:
     """One tensor argument of an op: rows, then `features` further dimensions (0 or 1).
@@ -60,8 +65,8 @@ class Formula:
         self.parameters = list(inspect.signature(reference).parameters)
         self.samples = samples
         self.launcher: Callable[..., Any] | None = None
-        # On a CPU, where to look at values costs nothing, what is run in place of the reference.
-        self.looking: Callable[..., Any] | None = None
+        # What a CPU runs in place of the reference.
+        self.cpu_form: Callable[..., Any] | None = None
         # Of the inputs, why a kernel cannot hold them; empty if it can.
         self.beyond: Callable[..., str] = lambda *inputs: ""
         self.__doc__ = reference.__doc__
@@ -75,11 +80,14 @@ class Formula:
         self.launcher = launcher
         return launcher
 
-    def by_looking(self, looking: Callable[..., Any]) -> Callable[..., Any]:
-        """Register what a CPU runs in place of the reference: it may look at values."""
-        self._check_parameters("looking", looking)
-        self.looking = looking
-        return looking
+    def on_cpu(self, form: Callable[..., Any]) -> Callable[..., Any]:
+        """Register what a CPU runs in place of the reference.
+
+        It may look at values, which costs nothing there, or work in pieces that the caches hold.
+        """
+        self._check_parameters("form for a CPU", form)
+        self.cpu_form = form
+        return form
 
     def limited(self, beyond: Callable[..., str]) -> Callable[..., str]:
         """Register what the kernel cannot hold: of the inputs, why not, or an empty string."""

@@ -41,9 +41,9 @@ def power_of_2(n: int) -> int:
 def _neighbours(n_inner: int, n_segment: int) -> int:
     """How many consecutive rows share their outer index, wherever a program starts.
 
-    At most 16, which Triton looks for in strides. By remainders: a gcd would fix dynamic shapes.
+    At most 16, which is what Triton looks for in strides.
     """
-    return next(n for n in (16, 8, 4, 2, 1) if n_inner % n == 0 and n_segment % n == 0)
+    return math.gcd(n_inner, n_segment, 16)
 
 
 def forward(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import cpu, graph
-from .formula import Call, Inputs
+from .formula import Call, Inputs, is_differentiated
 from .operators import opaque
 
 
@@ -40,10 +40,7 @@ def backward(
 def evaluate(call: Call, weight: Tensor | None, inputs: Inputs) -> Tensor:
     """The losses, differentiable by the inputs that require it."""
     inputs = _with_labels(call, inputs)
-    differentiated = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in inputs
-    )
-    if differentiated and cpu.found_in_forward(call, inputs):
+    if is_differentiated(inputs) and cpu.found_in_forward(call, inputs):
         out: Tensor = _InForward.apply(call, weight, *inputs)
         return out
     return call.whole(weight, *inputs, in_one_loop=True)

@@ -74,7 +74,7 @@ def task_aligned(
     return metric, score.amax(-1)
 
 
-@task_aligned.by_looking
+@task_aligned.on_cpu
 def _(
     boxes: Tensor,
     logits: Tensor,
@@ -237,7 +237,7 @@ def match_cost(
     return cost.flatten(0, 1)
 
 
-@match_cost.by_looking
+@match_cost.on_cpu
 def _(
     logits: Tensor,
     boxes: Tensor,

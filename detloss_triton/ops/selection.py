@@ -39,7 +39,7 @@ def first_set(mask: Tensor, n: int) -> Tensor:
     return torch.searchsorted(count, rank)
 
 
-@first_set.by_looking
+@first_set.on_cpu
 def _(mask: Tensor, n: int) -> Tensor:
     found = mask.nonzero().squeeze(1)[:n]
     return torch.nn.functional.pad(found, (0, n - len(found)), value=len(mask))
@@ -80,7 +80,7 @@ def hardest(hardness: Tensor, k: Tensor) -> Tensor:
     return torch.zeros_like(is_first).scatter(1, order, is_first)
 
 
-@hardest.by_looking
+@hardest.on_cpu
 def _(hardness: Tensor, k: Tensor) -> Tensor:
     """By a threshold, the least of the k largest: a fifth of the time of a sort."""
     most = int(k.max()) if k.numel() else 0
