@@ -12,6 +12,7 @@ from .criteria import (
     YOLOv9Criterion,
     YOLOXCriterion,
 )
+from .criteria.total import sum_losses
 from .functional import smooth_l1_loss
 from .losses import (
     BCELoss,
@@ -25,7 +26,6 @@ from .losses import (
     QualityFocalLoss,
 )
 from .matchers import BoxMatcher, HungarianMatcher
-from .reduction import sum_losses
 from .targets import Targets
 from .validate import validation
 from .vec2box import Vec2Box

@@ -35,6 +35,19 @@ def hull(a: Columns, b: Columns) -> tuple[Tensor, Tensor]:
     return width, height
 
 
+def centerness(anchors: Tensor, boxes: Tensor) -> Tensor:
+    """sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) of anchor centres in boxes (FCOS; Tian et
+    al., 2019): (...,) in [0, 1] of (..., 4) xyxy; 0 for a centre outside its box.
+    """
+    x1, y1, x2, y2 = columns(anchors)
+    left, top, right, bottom = columns(boxes)
+    x, y = (x1 + x2) / 2, (y1 + y2) / 2
+    left, right, top, bottom = x - left, right - x, y - top, bottom - y
+    across = torch.minimum(left, right) / torch.maximum(left, right)
+    down = torch.minimum(top, bottom) / torch.maximum(top, bottom)
+    return (across * down).clamp(min=0).sqrt()
+
+
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """(..., 4) centre and size to corners, in float32 at least: in half, small boxes vanish."""
     boxes = at_least_float32(boxes)
@@ -49,3 +62,11 @@ def ltrb(points: Tensor, boxes: Tensor) -> Tensor:
     """
     points, boxes = at_least_float32(points), at_least_float32(boxes)
     return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], -1)
+
+
+def from_ltrb(distances: Tensor, points: Tensor, stride: Tensor) -> Tensor:
+    """Boxes (N, 4, A) xyxy from distances (N, 4, A), in strides (A,), of points (A, 2)."""
+    # In half precision, coordinates around 640 are 0.5 pixels apart.
+    distances = at_least_float32(distances) * stride
+    points = points.T
+    return torch.cat([points - distances[:, :2], points + distances[:, 2:]], 1)

@@ -16,6 +16,8 @@ from .settings import fused
 from .shapes import Dimensions, check_shapes
 
 MaxShape = Sequence[int] | Tensor | None
+# The least ratio of sides, or their largest inverse, that deltas decode to.
+_RATIO_CLIP = 16 / 1000
 
 
 def _clipped(boxes: Tensor, max_shape: MaxShape) -> Tensor:
@@ -104,13 +106,18 @@ class DeltaXYWHBBoxCoder:
         normalised = zip(deltas, self.means, self.stds, strict=True)
         return torch.stack([(d - mean) / std for d, mean, std in normalised], -1)
 
+    def term(self) -> tuple[str, tuple[float, ...]]:
+        """The op that decodes, without an image to clip at, and its constants."""
+        shift = float(self.ctr_clamp) if self.add_ctr_clamp else 0.0
+        return "deltas", (*self.means, *self.stds, abs(math.log(_RATIO_CLIP)), shift)
+
     @fused
     def decode(
         self,
         bboxes: Tensor,
         pred_bboxes: Tensor,
         max_shape: MaxShape = None,
-        wh_ratio_clip: float = 16 / 1000,
+        wh_ratio_clip: float = _RATIO_CLIP,
         weight: Tensor | None = None,
     ) -> Tensor:
         """Boxes (..., 4) xyxy from deltas.
@@ -161,6 +168,10 @@ class DistancePointBBoxCoder:
         _check(self, ("gt_bboxes", gt_bboxes), ("points", points), 2)
         distances = ltrb(points[..., :2], gt_bboxes)
         return distances if max_dis is None else distances.clamp(0, max_dis - eps)
+
+    def term(self) -> tuple[str, tuple[float, ...]]:
+        """The op that decodes, without an image to clip at, and its constants."""
+        return "distances", ()
 
     @fused
     def decode(

@@ -37,6 +37,8 @@ _ROWS: Dimensions = (...,)
 _ENTRIES: Dimensions = (..., "C")
 _BOXES: Dimensions = (..., 4)
 _COLUMN: Dimensions = (..., 1)
+# Name and constants of an op.
+Term = tuple[str, tuple[float, ...]]
 _OPTIONAL = ("weight", "valid_label_mask")
 
 
@@ -53,6 +55,10 @@ class Loss(nn.Module):
         check_reduction(reduction)
         self.reduction = reduction
         self.loss_weight = loss_weight
+
+    def term(self) -> Term | None:
+        """Its op and constants, as fused ops know them; None where they do not know it."""
+        return None
 
     def extra_repr(self) -> str:
         return described(self)
@@ -144,6 +150,10 @@ class CrossEntropyLoss(Loss):
         weights = None if class_weight is None else torch.as_tensor(class_weight).float()
         self.register_buffer("_class_weight", weights, persistent=False)
         self.avg_non_ignore = avg_non_ignore
+
+    def term(self) -> Term | None:
+        known = self.use_sigmoid and self.class_weight is None
+        return ("binary_cross_entropy", ()) if known else None
 
     @fused
     def forward(
@@ -252,6 +262,9 @@ class CrossSigmoidFocalLoss(Loss):
         self.gamma = gamma
         self.alpha = alpha
 
+    def term(self) -> Term | None:
+        return "sigmoid_focal", (self.alpha, self.gamma)
+
     @fused
     def forward(
         self,
@@ -320,6 +333,9 @@ class QualityFocalLoss(Loss):
         self.use_sigmoid = use_sigmoid
         self.beta = beta
         self.activated = activated
+
+    def term(self) -> Term | None:
+        return None if self.activated else ("quality_focal", (self.beta,))
 
     @fused
     def forward(
@@ -428,6 +444,9 @@ class IoULoss(_BoxLoss):
         self.mode = "linear" if linear else mode
         self.eps = eps
 
+    def term(self) -> Term | None:
+        return f"iou_loss {self.mode}", (self.eps,)
+
     def _constants(self) -> dict[str, Any]:
         return {"mode": self.mode, "eps": self.eps}
 
@@ -443,12 +462,18 @@ class GIoULoss(_BoxLoss):
         super().__init__(reduction, loss_weight)
         self.eps = eps
 
+    def term(self) -> Term | None:
+        return "giou_loss", (self.eps,)
+
     def _constants(self) -> dict[str, Any]:
         return {"eps": self.eps}
 
 
 class L1Loss(Loss):
     """|pred - target|, one loss per coordinate."""
+
+    def term(self) -> Term | None:
+        return "l1", ()
 
     @fused
     def forward(

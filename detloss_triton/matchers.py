@@ -9,15 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .ops.assignment import linear_sum_assignment
-from .ops.matching import match_cost, task_aligned
+from .ops.alignment import align, real_boxes
+from .ops.assignment import optimal_assignment
+from .ops.matching import match_cost
 from .precision import arithmetic_dtype, at_least_float32
 from .settings import described
 from .shapes import check_mapping, check_numbers, check_shapes
 from .targets import Targets, check_images, counts_of, pack
-
-# Keeps the normalised metric finite for a target that no prediction meets.
-_METRIC_EPS = 1e-9
 
 # What OTX's matcher calls one after the other.
 _STEPS_OF_OTX = (
@@ -31,14 +29,14 @@ _STEPS_OF_OTX = (
 
 @dataclass(frozen=True)
 class Candidates:
-    """The matched pairs among the top-k anchors of each target: T * k slots per image.
+    """The matched pairs, in any number M of slots per image.
 
     Shapes:
-        anchor: (B, T * k) index of the slot's anchor, in [0, A), also where the slot is not used.
-        target: (B, T * k) index of the slot's target.
-        score: (B, T * k) target score of the pair; 0 where the slot is not used. Every matched
-            anchor has exactly one used slot.
-        used: (B, T * k).
+        anchor: (B, M) index of the slot's anchor, in [0, A), also where the slot is not used.
+        target: (B, M) index of the slot's target.
+        score: (B, M) target score of the pair; 0 where the slot is not used. Every matched anchor
+            has exactly one used slot.
+        used: (B, M).
     """
 
     anchor: Tensor
@@ -54,6 +52,8 @@ class BoxMatcher:
     An anchor kept by several targets takes the one with its largest metric, the first on ties. The
     score of a pair is metric / (largest metric of the target + 1e-9) * largest IoU of the target.
 
+    Of equal metrics of a target those of the first anchors are kept.
+
     A subclass overrides `__call__`, or `match` on which it is built. The steps of OTX's matcher,
     such as `filter_topk`, are not taken one by one, and a subclass that has one is refused.
 
@@ -64,8 +64,9 @@ class BoxMatcher:
         topk: anchors kept per target.
         factor: exponents {"iou": 6.0, "cls": 0.5}.
 
-    Memory: two float32 tensors of B * T * A, and nothing larger; 5,000 boxes in an image of 8,400
-    anchors take 0.31 GiB, and `YOLOv9Criterion` with its two heads twice that.
+    Memory: on a GPU a float32 tensor of B * T * A, and nothing larger; 5,000 boxes in an image of
+    8,400 anchors take 0.16 GiB, and `YOLOv9Criterion` with its two heads twice that. On a CPU none
+    that grows with both boxes and anchors.
     """
 
     def __init__(
@@ -89,12 +90,15 @@ class BoxMatcher:
         self.topk = topk
         self.factor = {"iou": 6.0, "cls": 0.5} if factor is None else factor
 
-    def match(self, boxes: Tensor, logits: Tensor, targets: Tensor) -> Candidates:
-        """Matched pairs, without a tensor over all anchors beyond the metric.
-
-        Shapes:
-            boxes: (B, A, 4) predicted, xyxy in pixels. logits: (B, T, A) of each target's class.
-            targets: (B, T, 4) xyxy in pixels; padding without area matches nothing.
+    def align(
+        self,
+        logits: Sequence[Tensor],
+        sides: Sequence[Tensor],
+        decoding: Sequence[Tensor],
+        targets: Tensor,
+        heads: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        """Index of each anchor's target, -1 for none, and its score: see the op `align`.
 
         Raises:
             TypeError: for an override of one of OTX's steps, which are not taken one by one here.
@@ -105,29 +109,40 @@ class BoxMatcher:
                     f"{type(self).__name__} has {name}, which is not called: override match, or "
                     "__call__"
                 )
-        n_images, n_targets, n_anchors = logits.shape
-        metric, best_iou = task_aligned(
-            boxes,
-            logits,
+        found: tuple[Tensor, Tensor] = align(
+            tuple(logits),
+            tuple(sides),
             self.anchors,
+            tuple(decoding),
             targets,
             iou=self.iou,
             iou_power=self.factor["iou"],
             class_power=self.factor["cls"],
+            topk=self.topk,
+            heads=heads,
         )
-        top, anchor = metric.topk(min(self.topk, n_anchors), dim=-1)
-        quality = top / (top[..., :1] + _METRIC_EPS) * best_iou.unsqueeze(-1)
-        target = torch.arange(n_targets, device=boxes.device).view(1, -1, 1).expand_as(anchor)
-        top, anchor, target, quality = (x.flatten(1) for x in (top, anchor, target, quality))
-        largest = top.new_zeros(n_images, n_anchors).scatter_reduce(1, anchor, top, "amax")
-        wins = (top > 0) & (top == largest.gather(1, anchor))
-        first = anchor.new_full((n_images, n_anchors), n_targets)
-        first = first.scatter_reduce(1, anchor, target.masked_fill(~wins, n_targets), "amin")
-        used = wins & (target == first.gather(1, anchor))
-        return Candidates(anchor, target, quality.masked_fill(~used, 0), used)
+        return found
+
+    def match(self, boxes: Tensor, logits: Tensor, targets: Tensor) -> Candidates:
+        """Matched pairs: a slot per anchor.
+
+        Shapes:
+            boxes: (B, A, 4) predicted, xyxy in pixels. logits: (B, T, A) of each target's class.
+            targets: (B, T, 4) xyxy in pixels; padding without area matches nothing.
+
+        Raises:
+            TypeError: as `align`.
+        """
+        targets = at_least_float32(targets)
+        # Each target is a class of its own.
+        label = torch.arange(targets.shape[1], device=targets.device).view(1, -1, 1)
+        rows = torch.cat([label.to(targets.dtype).expand_as(targets[..., :1]), targets], -1)
+        target, score = self.align([logits], [boxes.transpose(1, 2)], [], rows)
+        anchor = torch.arange(target.shape[1], device=target.device).expand_as(target)
+        return Candidates(anchor, target.clamp(min=0), score, target >= 0)
 
     def over_anchors(self, candidates: Candidates, values: Tensor, fill: float) -> Tensor:
-        """(B, A): each matched anchor's entry of per-slot `values` (B, T * k), `fill` elsewhere."""
+        """(B, A): each matched anchor's entry of per-slot `values` (B, M), `fill` elsewhere."""
         n_anchors = len(self.anchors)
         out = values.new_full((values.shape[0], n_anchors + 1), fill)
         # Slots not used write to one more column, which is cut off.
@@ -178,13 +193,6 @@ class BoxMatcher:
         return torch.cat([scores, matched.to(scores.dtype)], -1), valid
 
 
-def real_boxes(targets: Tensor, n_classes: int) -> Tensor:
-    """(B, T, 4) float32 boxes of (B, T, 5) rows [class, box]; one of no class has no area."""
-    boxes = at_least_float32(targets[..., 1:])
-    is_class = (targets[..., :1] >= 0) & (targets[..., :1] < n_classes)
-    return boxes.masked_fill(~is_class, 0)
-
-
 class HungarianMatcher(nn.Module):
     """Optimal one-to-one matching of queries and targets (Carion et al., 2020).
 
@@ -206,14 +214,17 @@ class HungarianMatcher(nn.Module):
 
     # Whether a subclass has a call of its own, and no `match` that a criterion could use instead.
     has_own_call = False
+    # Whether it has a `match` of its own.
+    has_own_match = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls.has_own_match = cls.match is not HungarianMatcher.match
         cls.has_own_call = cls.__call__ is not HungarianMatcher.__call__ or (
-            cls.forward is not HungarianMatcher.forward and cls.match is HungarianMatcher.match
+            cls.forward is not HungarianMatcher.forward and not cls.has_own_match
         )
         of_otx = next((name for name in _COSTS_OF_OTX if hasattr(cls, name)), None)
-        if of_otx and not cls.has_own_call and cls.match is HungarianMatcher.match:
+        if of_otx and not cls.has_own_call and not cls.has_own_match:
             raise TypeError(f"{cls.__name__} defines {of_otx}, which is not called: override match")
 
     def __init__(
@@ -240,24 +251,37 @@ class HungarianMatcher(nn.Module):
         Shapes:
             logits: (L, B, Q, C). boxes: (L, B, Q, 4) normalised cxcywh.
         """
-        n_layers, n_images, n_queries = logits.shape[:3]
+        return self._match(logits.unbind(), boxes.unbind(), targets)
+
+    def match_layers(
+        self, logits: Sequence[Tensor], boxes: Sequence[Tensor], targets: Targets
+    ) -> Tensor:
+        """As `match`, from layers that lie apart: they are stacked for a `match` of another's only.
+
+        Shapes:
+            logits: L of (B, Q, C). boxes: L of (B, Q, 4) normalised cxcywh.
+        """
+        if self.has_own_match or "match" in self.__dict__:
+            return self.match(torch.stack(list(logits)), torch.stack(list(boxes)), targets)
+        return self._match(tuple(logits), tuple(boxes), targets)
+
+    def _match(
+        self, logits: tuple[Tensor, ...], boxes: tuple[Tensor, ...], targets: Targets
+    ) -> Tensor:
+        n_images = len(logits[0])
         check_images(type(self).__name__, targets, n_images)
         cost = match_cost(
-            logits.flatten(0, 1),
-            boxes.flatten(0, 1),
+            logits,
+            boxes,
             targets.labels,
             targets.boxes,
             **{name: float(self.cost_dict.get(name, 0.0)) for name in _COSTS},
             alpha=self.alpha,
             gamma=self.gamma,
         )
-        counts = targets.counts.repeat(n_layers)
-        queries = linear_sum_assignment(cost, counts)
-        target = torch.arange(cost.shape[1], device=cost.device).expand_as(queries)
-        out = target.new_full((len(queries), n_queries + 1), -1)
-        # Targets without a query write to one more column, which is cut off.
-        out = out.scatter(1, queries.masked_fill(queries < 0, n_queries), target)
-        return out[:, :n_queries].unflatten(0, (n_layers, n_images))
+        # Each layer has the same counts; of queries all are there.
+        target: Tensor = optimal_assignment(cost.transpose(1, 2), None, targets.counts)
+        return target.unflatten(0, (len(logits), n_images))
 
     def forward(
         self, outputs: Mapping[str, Tensor], targets: Targets | Sequence[Mapping[str, Tensor]]
@@ -287,20 +311,3 @@ class HungarianMatcher(nn.Module):
 
 _COSTS = ("cost_class", "cost_bbox", "cost_giou")
 _COSTS_OF_OTX = ("label_cost", "bbox_cost", "giou_cost", "mask_cost", "build_cost_functions")
-
-
-def union_of_matches(target_of_query: Tensor, n_targets: int) -> Tensor:
-    """(1, B, Q) one target per query from the matches (L, B, Q) of several layers.
-
-    A query takes the target that most layers gave it, of equals the first; -1 where none did.
-    """
-    _, n_images, n_queries = target_of_query.shape
-    index = target_of_query.masked_fill(target_of_query < 0, n_targets).permute(1, 2, 0)
-    count = torch.zeros(
-        n_images, n_queries, n_targets + 1, dtype=torch.int32, device=index.device
-    ).scatter_add(2, index, torch.ones_like(index, dtype=torch.int32))[..., :n_targets]
-    # Count first, then the lowest target: both in one number, whose maximum has no ties.
-    first = torch.arange(n_targets - 1, -1, -1, device=index.device, dtype=torch.int32)
-    best = (count * n_targets + first).amax(2)
-    target = n_targets - 1 - best % n_targets
-    return target.masked_fill(best < n_targets, -1).to(torch.int64).unsqueeze(0)

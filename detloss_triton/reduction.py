@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .backend import is_cpu
 from .engine import RowOp
 from .precision import arithmetic_dtype
+from .ranks import are_several, mean_over_ranks
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -104,36 +103,10 @@ def rank_means(*sums: Tensor) -> list[Tensor]:
     In float64 where one of them is, else in float32.
     """
     dtype = arithmetic_dtype(*sums)
-    stacked = torch.stack([s.detach().to(dtype) for s in sums])
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(stacked)
-        stacked = stacked / dist.get_world_size()
-    return list(stacked.unbind())
-
-
-def sum_losses(losses: Mapping[str, Any]) -> Tensor:
-    """The total of a criterion's losses, lists over levels or images included, in a few launches.
-
-    An entry called "total_loss" is a summary of the others and is left out.
-
-    Shapes:
-        losses: tensors of any size, or nested lists of them. Returns a 0-dim tensor.
-
-    Raises:
-        ValueError: if there is nothing to sum.
-    """
-    terms = list(_flat([value for name, value in losses.items() if name != "total_loss"]))
-    if not terms:
-        raise ValueError("losses holds no tensor to sum")
-    return torch.cat([term.reshape(-1) for term in terms]).sum()
-
-
-def _flat(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    else:
-        for value in values.values() if isinstance(values, Mapping) else values:
-            yield from _flat(value)
+    ours = [s.detach().to(dtype) for s in sums]
+    if not are_several():
+        return ours
+    return list(mean_over_ranks(torch.stack(ours)).unbind())
 
 
 def unbound(x: Tensor) -> list[Tensor]:

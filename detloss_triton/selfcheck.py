@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .engine import REGISTRY, TOLERANCE, DirectOp, Formula, RowOp, Sample
+from .engine import REGISTRY, TOLERANCE, Formula, RowOp, Sample, mapped, tensors_of
 
 # Enough for a few programs and a partial block; quick in the interpreter.
 _ROWS = 300
@@ -45,36 +45,32 @@ def check(device: str | torch.device = "cpu") -> Iterator[Row]:
 def _error(
     op: Formula, sample: Sample, chosen: Any, dtype: torch.dtype, device: torch.device
 ) -> float:
-    rounded = [_cast(x, dtype) for x in sample.inputs]
+    rounded = mapped(lambda x: _cast(x, dtype), sample.inputs)
     with backend.use_backend("torch"):
-        truth = results(op, sample, [_cast(x, torch.float64) for x in rounded])
+        truth = results(op, sample, mapped(lambda x: _cast(x, torch.float64), rounded))
     with backend.use_backend(chosen):
-        ours = results(op, sample, [None if x is None else x.to(device) for x in rounded])
+        ours = results(op, sample, mapped(lambda x: x.to(device), rounded))
     return max(relative_error(a, b) for a, b in zip(ours, truth, strict=True))
 
 
-def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return x.to(dtype) if x is not None and x.is_floating_point() else x
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() else x
 
 
-def results(op: Formula, sample: Sample, inputs: list[Tensor | None]) -> list[Tensor]:
-    """An op's outputs and, for row ops, the gradients of their randomly weighted sum."""
-    if isinstance(op, DirectOp):
-        out = op(*(x for x in inputs if x is not None), **sample.params)
+def results(op: Formula, sample: Sample, inputs: tuple[Any, ...]) -> list[Tensor]:
+    """An op's outputs and, where it has gradients, those of their randomly weighted sum."""
+    given, leaves = op.with_leaves(Sample(inputs, sample.params, sample.weight))
+    of_rows = {}
+    if isinstance(op, RowOp):
+        first = next(tensors_of(inputs))
+        weight = None if sample.weight is None else sample.weight.to(first.device)
+        of_rows = {"weight": weight, "keep": first.dim() - op.inputs[0].features}
+    assert callable(op)
+    out = op(*given.inputs, **of_rows, **sample.params)
+    if not leaves:
         return list(out) if isinstance(out, tuple) else [out]
-    assert isinstance(op, RowOp)
-    first = inputs[0]
-    assert first is not None
-    leaves = [
-        x.detach().requires_grad_() if spec.grad and x is not None else x
-        for spec, x in zip(op.inputs, inputs, strict=True)
-    ]
-    weight = None if sample.weight is None else sample.weight.to(first.device)
-    keep = len(leaves[0].shape) - op.inputs[0].features  # type: ignore[union-attr]
-    out = op(*leaves, weight=weight, keep=keep, **sample.params)
     upstream = torch.rand(out.shape, generator=torch.Generator().manual_seed(1))
-    wanted = [x for spec, x in zip(op.inputs, leaves, strict=True) if spec.grad and x is not None]
-    gradients = torch.autograd.grad(out, wanted, upstream.to(out))
+    gradients = torch.autograd.grad(out, leaves, upstream.to(out))
     return [out.detach(), *gradients]
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .ops.packing import pad
 from .precision import arithmetic_dtype
 from .shapes import check_shapes
 
@@ -49,7 +50,7 @@ def pack(
 ) -> Targets:
     """Pad a list of {"labels": (n,), "boxes": (n, 4) normalised cxcywh}; `Targets` pass through.
 
-    The counts are shapes, so nothing is read from the device; what goes there is one small index.
+    The counts are shapes, so nothing is read from the device; they alone are copied to it.
     An image without boxes may say so in tensors of any dtype, shape and device that hold nothing.
 
     Args:
@@ -86,15 +87,18 @@ def pack(
                 raise ValueError(
                     f"{place}: targets[{i}][{key!r}] must be on {device}, got {target[key].device}"
                 )
-    index = padded_index(counts, bucket(max(counts)), device)
     labels = [image["labels"].to(torch.int64) for image in filled]
     boxes_of = [_floating(image["boxes"], like) for image in filled]
-    dtype = boxes_of[0].dtype if boxes_of else torch.float32
-    no_label = torch.full((1,), -1, device=device)
-    no_box = torch.zeros((1, 4), dtype=dtype, device=device)
-    return Targets(
-        padded(no_label, labels, index), padded(no_box, boxes_of, index), (index > 0).sum(1)
+    if not filled:
+        labels = [torch.empty(0, dtype=torch.int64, device=device)]
+        boxes_of = [torch.empty(0, 4, dtype=torch.float32, device=device)]
+    on_device = torch.tensor(counts, dtype=torch.int64).to(device, non_blocking=True)
+    # To move float64, which no kernel computes with, is no reason to refuse it.
+    packing = pad.reference if boxes_of[0].dtype == torch.float64 else pad
+    all_labels, all_boxes = packing(
+        on_device, tuple(labels), tuple(boxes_of), n_targets=bucket(max(counts))
     )
+    return Targets(all_labels, all_boxes, on_device)
 
 
 def _check_packed(place: str, targets: Targets, like: Tensor | None) -> None:
@@ -156,16 +160,3 @@ def _floating(boxes: Tensor, like: Tensor | None) -> Tensor:
     if like is not None:
         return boxes.to(arithmetic_dtype(like))
     return boxes if boxes.is_floating_point() else boxes.to(torch.float32)
-
-
-def padded_index(counts: Sequence[int], width: int, device: torch.device) -> Tensor:
-    """(B, width) positions of ragged rows in their concatenation behind a filler; 0 is padding."""
-    count = torch.tensor(counts, dtype=torch.int64).unsqueeze(1)
-    column = torch.arange(1, width + 1)
-    index = (column + count.cumsum(0) - count).masked_fill(column > count, 0)
-    return index.to(device, non_blocking=True)
-
-
-def padded(filler: Tensor, parts: Sequence[Tensor], index: Tensor) -> Tensor:
-    """The concatenation of `parts` behind a row of filler, at `index`."""
-    return torch.cat([filler, *parts])[index]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .precision import at_least_float32
+from .boxes import from_ltrb
 from .shapes import check_shapes
 
 Level = tuple[Tensor, Tensor, Tensor]
@@ -113,11 +113,7 @@ def flattened(predicts: Sequence[Level]) -> tuple[Tensor, Tensor]:
 def decoded(predicts: Sequence[Level], anchor_grid: Tensor, scaler: Tensor) -> Tensor:
     """See `Vec2Box.decode`."""
     distances = torch.cat([b.flatten(2) for _, _, b in predicts], 2)
-    # In half precision, coordinates around 640 are 0.5 pixels apart.
-    distances = at_least_float32(distances) * scaler
-    centre = anchor_grid.T
-    boxes = torch.cat([centre - distances[:, :2], centre + distances[:, 2:]], 1)
-    return boxes.transpose(1, 2)
+    return from_ltrb(distances, anchor_grid, scaler).transpose(1, 2)
 
 
 def _pair(image_size: Any) -> Size:

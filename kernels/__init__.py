@@ -2,16 +2,41 @@
 
 from triton import __version__ as triton_version
 
-from . import assignment, boxes, classes, distributions, matching, math, rows, selection
+from . import (
+    aligned,
+    alignment,
+    assignment,
+    boxes,
+    classes,
+    dense,
+    distributions,
+    matching,
+    math,
+    mined,
+    packing,
+    positives,
+    queries,
+    rows,
+    selection,
+    totals,
+)
 
 __all__ = [
+    "aligned",
+    "alignment",
     "assignment",
     "boxes",
     "classes",
+    "dense",
     "distributions",
     "matching",
     "math",
+    "mined",
+    "packing",
+    "positives",
+    "queries",
     "rows",
     "selection",
+    "totals",
     "triton_version",
 ]

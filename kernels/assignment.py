@@ -21,21 +21,32 @@ def value_at(vector, index):
     return tl.sum(tl.gather(vector, tl.full([1], 0, tl.int32) + index, 0), axis=0)
 
 
+@triton.jit
+def count_of(p_counts, i, most):
+    """The i-th count, within [0, most]; most if there are none."""
+    n = tl.full([], 0, tl.int32) + most
+    if p_counts is not None:
+        n = tl.minimum(tl.maximum(tl.load(p_counts + i).to(tl.int32), 0), most)
+    return n
+
+
 # Not specialised, so that one compiled kernel serves problems of every size up to its block. The
 # cost is no tuple of pointer and strides, since Triton would specialise these.
 _RUNTIME = [
     "p_cost", "p_n_rows", "p_n_cols", "p_column_of_row",
-    "s_problem", "s_row", "s_column", "n_rows_max", "n_cols_max",
+    "s_problem", "s_row", "s_column", "n_counts", "n_rows_max", "n_cols_max",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def assignment_kernel(
     p_cost, p_n_rows, p_n_cols, p_column_of_row,
-    s_problem, s_row, s_column, n_rows_max, n_cols_max,
+    s_problem, s_row, s_column, n_counts, n_rows_max, n_cols_max,
     LIMIT: tl.constexpr, COLUMN_BITS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """One problem by shortest augmenting paths (Jonker and Volgenant), its state held by column.
+
+    Counts are of every n_counts problems in turn.
 
     The shorter side is added row by row, so every row finds a free column. The duals v are those
     of columns. An assigned edge is tight, so the dual of column j's row is cost[row, j] - v[j].
@@ -49,10 +60,8 @@ def assignment_kernel(
     LINK_BITS: tl.constexpr = COLUMN_BITS + 1
     LINK_MASK: tl.constexpr = (1 << LINK_BITS) - 1
     problem = tl.program_id(0).to(tl.int64)
-    n_rows = tl.load(p_n_rows + problem).to(tl.int32)
-    n_cols = tl.load(p_n_cols + problem).to(tl.int32)
-    n_rows = tl.minimum(tl.maximum(n_rows, 0), n_rows_max)
-    n_cols = tl.minimum(tl.maximum(n_cols, 0), n_cols_max)
+    n_rows = count_of(p_n_rows, problem % n_counts, n_rows_max)
+    n_cols = count_of(p_n_cols, problem % n_counts, n_cols_max)
     swapped = n_rows > n_cols
     n_short = tl.where(swapped, n_cols, n_rows)
     n_long = tl.where(swapped, n_rows, n_cols)

@@ -4,8 +4,9 @@ import triton
 import triton.language as tl
 
 from .math import (
+    by_deltas,
     ciou_loss_and_grad,
-    delta_decode_1d,
+    delta_decode,
     diou_loss_and_grad,
     giou_loss_and_grad,
     iou_loss_and_grad,
@@ -13,8 +14,6 @@ from .math import (
     masked,
     smooth_l1_and_grad,
     times,
-    xs,
-    ys,
 )
 from .rows import (
     COUNTS,
@@ -112,31 +111,18 @@ def delta_decode_kernel(
     deltas, anchors, weight, p_out, p_dout, ddeltas,
     n_segment, n_blocks, n_inner, n_features,
     EACH: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr,
-    MEANS: tl.constexpr, STDS: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr,
+    CODE: tl.constexpr,
 ):  # fmt: skip
     """Boxes xyxy from normalised deltas (x, y, width, height) and anchors."""
     _, row, at, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, WIDE, BR)
     scale, m_used = row_weight(weight, at, m_row)
-    x, y, w, h = load_box(deltas, at, m_used)
-    anchor = load_box(anchors, at, m_used)
-    x1, x2, by_x, by_w = delta_decode_1d(
-        x * STDS[0] + MEANS[0], w * STDS[2] + MEANS[2], xs(anchor), LIMIT, SHIFT
-    )
-    y1, y2, by_y, by_h = delta_decode_1d(
-        y * STDS[1] + MEANS[1], h * STDS[3] + MEANS[3], ys(anchor), LIMIT, SHIFT
-    )
+    box, slopes = delta_decode(load_box(deltas, at, m_used), load_box(anchors, at, m_used), CODE)
     # Boxes and their gradients are contiguous.
     if p_dout is None:
-        store_box((p_out, 0, 4, 1), (0, row), times((x1, y1, x2, y2), scale), m_row)
+        store_box((p_out, 0, 4, 1), (0, row), times(box, scale), m_row)
     else:
-        dx1, dy1, dx2, dy2 = times(load_box((p_dout, 0, 4, 1), (0, row), m_used), scale)
-        gradient = (
-            (dx1 + dx2) * by_x * STDS[0],
-            (dy1 + dy2) * by_y * STDS[1],
-            (dx2 - dx1) * by_w * STDS[2],
-            (dy2 - dy1) * by_h * STDS[3],
-        )
-        store_box(ddeltas, at, gradient, m_row)
+        by_box = times(load_box((p_dout, 0, 4, 1), (0, row), m_used), scale)
+        store_box(ddeltas, at, by_deltas(by_box, slopes), m_row)
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "n_features"])

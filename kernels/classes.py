@@ -8,7 +8,16 @@ mask, and reads them with one load.
 import triton
 import triton.language as tl
 
-from .math import bce_and_grad, focal_and_grad, quality_focal_and_grad, varifocal_and_grad
+from .math import (
+    bce_and_grad,
+    bce_background,
+    focal_and_grad,
+    focal_background,
+    quality_focal_and_grad,
+    quality_focal_background,
+    varifocal_and_grad,
+    varifocal_background,
+)
 from .rows import (
     COUNTS,
     load,
@@ -22,8 +31,8 @@ from .rows import (
 
 
 @triton.jit
-def loss_and_grad(x, t, is_label, LOSS: tl.constexpr):
-    """Loss and gradient of each entry; LOSS is (name, its constants...)."""
+def loss_and_grad(x, t, LOSS: tl.constexpr):
+    """Loss and gradient of entries with a target; LOSS is (name, its constants...)."""
     if LOSS[0] == "bce":
         return bce_and_grad(x, t)
     elif LOSS[0] == "focal":
@@ -31,9 +40,70 @@ def loss_and_grad(x, t, is_label, LOSS: tl.constexpr):
     elif LOSS[0] == "quality_focal":
         return quality_focal_and_grad(x, t, LOSS[1])
     elif LOSS[0] == "varifocal":
-        return varifocal_and_grad(x, t, is_label, LOSS[1], LOSS[2])
+        return varifocal_and_grad(x, t)
     else:
         tl.static_assert(False, "no branch for this LOSS")
+
+
+@triton.jit
+def background(x, LOSS: tl.constexpr):
+    """Loss and gradient of entries that are not their row's label."""
+    if LOSS[0] == "bce":
+        return bce_background(x)
+    elif LOSS[0] == "focal":
+        return focal_background(x, LOSS[1], LOSS[2])
+    elif LOSS[0] == "quality_focal":
+        return quality_focal_background(x, LOSS[1])
+    elif LOSS[0] == "varifocal":
+        return varifocal_background(x, LOSS[1], LOSS[2])
+    else:
+        tl.static_assert(False, "no branch for this LOSS")
+
+
+@triton.jit
+def class_rows(tensors, at, m_row, index, rows, n_features, LOSS: tl.constexpr, BC: tl.constexpr):
+    """Sums over classes of BR rows; where there are gradients to write, those, and zeros.
+
+    tensors: (logits, their gradient or None, mask or None). index: each row's label, or None.
+    rows: (target, scale) of each row; the target is that of its label, or without labels of all its
+    classes, and the scale, finite also in absent rows, multiplies loss and gradient.
+    """
+    logits, dlogits, mask = tensors
+    target, scale = rows
+    total = tl.zeros_like(scale)
+    if index is not None:
+        # Once per row, so that the loop over the classes knows background only.
+        m_label = m_row & (index >= 0) & (index < n_features)
+        index = tl.where(m_label, index.to(tl.int32), -1)
+        p_label = row_pointers(logits, at) + index.to(tl.int64) * logits[3]
+        at_label, d_label = loss_and_grad(load(p_label, m_label), target, LOSS)
+    for start in range(0, n_features, BC):
+        column = start + tl.arange(0, BC)
+        m_tile = m_row[:, None] & (column < n_features)[None, :]
+        o_column = column.to(tl.int64)
+        p_logits = tile_pointers(logits, at, o_column)
+        if index is None:
+            loss, dx = loss_and_grad(load(p_logits, m_tile), target[:, None], LOSS)
+            loss = tl.where(m_tile, loss, 0.0)
+        else:
+            # Absent entries cost nothing: at -inf background is exactly 0.
+            if logits[0].dtype.element_ty.is_floating():
+                x = tl.load(p_logits, mask=m_tile, other=float("-inf")).to(tl.float32)
+            else:
+                x = tl.where(m_tile, load(p_logits, m_tile), float("-inf"))
+            loss, dx = background(x, LOSS)
+            is_label = column[None, :] == index[:, None]
+            loss = tl.where(is_label, at_label[:, None], loss)
+            dx = tl.where(is_label, d_label[:, None], dx)
+        if mask is not None:
+            factor = load(tile_pointers(mask, at, o_column), m_tile)
+            loss *= factor
+            dx *= factor
+        if dlogits is None:
+            total += tl.sum(loss, axis=1)
+        else:
+            tl.store(tile_pointers(dlogits, at, o_column), scale[:, None] * dx, mask=m_tile)
+    return scale * total
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -47,29 +117,12 @@ def class_kernel(
     segment, row, at, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, WIDE, BR)
     target = load_rows(score, at, m_row, 1.0)
     scale = load_rows(weight, at, m_row, 1.0)
+    index = None
     if label is not None:
         index = tl.load(row_pointers(label, at), mask=m_row, other=-1)
-        is_class = (index >= 0) & (index < n_features)
-        index = tl.where(is_class, index.to(tl.int32), -1)
     if p_dout is not None:
         scale *= upstream(p_dout, segment, row, m_row, EACH)
-    total = tl.zeros([BR], tl.float32)
-    for start in range(0, n_features, BC):
-        column = start + tl.arange(0, BC)
-        m_tile = m_row[:, None] & (column < n_features)[None, :]
-        column = column.to(tl.int64)
-        x = load(tile_pointers(logits, at, column), m_tile)  # [BR, BC]
-        is_label = m_tile
-        if label is not None:
-            is_label = column[None, :] == index[:, None]
-        t = tl.where(is_label, target[:, None], 0.0)
-        loss, dx = loss_and_grad(x, t, is_label, LOSS)
-        factor = tl.where(m_tile, scale[:, None], 0.0)
-        if mask is not None:
-            factor *= load(tile_pointers(mask, at, column), m_tile)
-        if p_dout is None:
-            total += tl.sum(tl.where(m_tile, factor * loss, 0.0), axis=1)
-        else:
-            tl.store(tile_pointers(dlogits, at, column), factor * dx, mask=m_tile)
+    tensors = (logits, dlogits, mask)
+    total = class_rows(tensors, at, m_row, index, (target, scale), n_features, LOSS, BC)
     if p_dout is None:
         put_losses(p_out, total, row, m_row, EACH)

@@ -30,8 +30,9 @@ def two_bin_kernel(
     """A row whose left bin does not exist costs 0; so does a right bin beyond the last."""
     segment, row, at, m_row = rows_of_program(n_segment, n_blocks, n_inner, GROUP, WIDE, BR)
     scale, m_used = row_weight(weight, at, m_row)
-    index = tl.load(row_pointers(left, at), mask=m_used, other=-1).to(tl.int64)
+    index = tl.load(row_pointers(left, at), mask=m_used, other=-1)
     m_used = m_used & (index >= 0) & (index < n_features)
+    index = tl.where(m_used, index.to(tl.int32), -1)
     of_left = load_rows(weight_left, at, m_used, 1.0)
     of_right = load_rows(weight_right, at, m_used, 0.0)
     of_right = tl.where(index + 1 < n_features, of_right, 0.0)

@@ -1,9 +1,10 @@
 """Pointer-free device functions `<name>_and_grad`: values in, (loss, gradients...) out, in float32.
 
-Each is the twin of one torch reference in `detloss_triton/ops`. A box is a tuple (x1, y1, x2, y2),
-and so is a gradient by one; an interval is (low, high). A caller that drops a result pays nothing
-for it: the compiler removes what is unused. Ties of a minimum or maximum give half of the gradient
-to each side, as torch does. Only what every Triton target has is used: no libdevice.
+Each is the twin of one torch reference in `detloss_triton/ops`; `<name>_background` is a class loss
+of entries that are not their row's label. A box is a tuple (x1, y1, x2, y2), and so is a gradient
+by one; an interval is (low, high). A caller that drops a result pays nothing for it: the compiler
+removes what is unused. Ties of a minimum or maximum give half of the gradient to each side, as
+torch does. Only what every Triton target has is used: no libdevice.
 """
 
 import math
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 
 FOUR_OVER_PI_SQUARED: tl.constexpr = tl.constexpr(4 / math.pi**2)
+LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 HALF_PI: tl.constexpr = tl.constexpr(math.pi / 2)
 QUARTER_PI: tl.constexpr = tl.constexpr(math.pi / 4)
 TAN_EIGHTH_PI: tl.constexpr = tl.constexpr(math.sqrt(2) - 1)
@@ -19,21 +21,25 @@ TAN_EIGHTH_PI: tl.constexpr = tl.constexpr(math.sqrt(2) - 1)
 
 @triton.jit
 def log1p(u):
-    """log(1 + u) for u >= 0, accurate for small u: u / (y - 1) undoes the rounding of y = 1 + u."""
-    y = 1.0 + u
-    exact = y == 1.0
-    return tl.where(exact, u, tl.log(y) * (u / tl.where(exact, 1.0, y - 1.0)))
+    """log(1 + u) for 0 <= u <= 1 to 1.3 units in the last place: u times a minimax polynomial."""
+    y = -3.2439807e-3 * u + 1.9851262e-2
+    y = (y * u - 5.6959160e-2) * u + 1.0603617e-1
+    y = (y * u - 1.5305570e-1) * u + 1.9675931e-1
+    y = (y * u - 2.4954133e-1) * u + 3.3329964e-1
+    y = (y * u - 4.9999902e-1) * u + 1.0
+    return y * u
 
 
 @triton.jit
 def logistic(x):
     """(softplus(x), sigmoid(x), 1 - sigmoid(x)), none of which overflows or cancels."""
-    u = tl.exp(-tl.abs(x))
-    one_plus_u = 1.0 + u
-    softplus = tl.where(x > 0, x, tl.where(x == x, 0.0, x)) + log1p(u)
-    p = tl.where(x >= 0, 1.0, u) / one_plus_u
-    q = tl.where(x >= 0, u, 1.0) / one_plus_u
-    return softplus, p, q
+    # On NVIDIA this takes 4 instructions less than exp: denormals become 0.
+    u = tl.exp2(tl.abs(x) * -LOG2_E)
+    high = 1.0 / (1.0 + u)
+    low = u * high
+    # The maximum skips NaN, which u brings back.
+    softplus = tl.maximum(x, 0.0) + log1p(u)
+    return softplus, tl.where(x >= 0, high, low), tl.where(x >= 0, low, high)
 
 
 @triton.jit
@@ -88,10 +94,41 @@ def quality_focal_and_grad(x, t, BETA: tl.constexpr):
 
 
 @triton.jit
-def varifocal_and_grad(x, t, is_label, ALPHA: tl.constexpr, GAMMA: tl.constexpr):
+def varifocal_and_grad(x, t):
+    """At the label."""
     softplus, p, _ = logistic(x)
-    scale = tl.where(is_label, t, ALPHA * power(p, GAMMA))
-    return scale * (softplus - x * t), scale * (p - t)
+    return t * (softplus - x * t), t * (p - t)
+
+
+@triton.jit
+def bce_background(x):
+    softplus, p, _ = logistic(x)
+    return softplus, p
+
+
+@triton.jit
+def focal_background(x, ALPHA: tl.constexpr, GAMMA: tl.constexpr):
+    softplus, p, q = logistic(x)
+    scale = power(p, GAMMA)
+    if ALPHA >= 0:
+        scale *= 1.0 - ALPHA
+    if GAMMA == 0.0:
+        dx = scale * p
+    else:
+        dx = scale * (p + GAMMA * q * softplus)
+    return scale * softplus, dx
+
+
+@triton.jit
+def quality_focal_background(x, BETA: tl.constexpr):
+    return focal_background(x, -1.0, BETA)
+
+
+@triton.jit
+def varifocal_background(x, ALPHA: tl.constexpr, GAMMA: tl.constexpr):
+    softplus, p, _ = logistic(x)
+    scale = ALPHA * power(p, GAMMA)
+    return scale * softplus, scale * p
 
 
 @triton.jit
@@ -385,6 +422,18 @@ def two_bin_and_grad(x, is_left, is_right, weight_left, weight_right):
 
 
 @triton.jit
+def bin_position(bin, n_bins, up, scale):
+    """W(n), the distance that a bin stands for: 0 in the middle, 2 |up scale| at the last."""
+    last = n_bins // 2
+    n = bin - last
+    steps = tl.abs(n).to(tl.float32)
+    u = tl.abs(up) * tl.abs(scale)
+    size = tl.exp(steps * (2.0 / (n_bins - 3) * tl.log(u + 1.0))) - 1.0
+    size = tl.where(tl.abs(n) == last, 2.0 * u, size)
+    return tl.where(n < 0, -size, tl.where(n > 0, size, 0.0))
+
+
+@triton.jit
 def delta_decode_1d(delta, log_ratio, anchor, LIMIT: tl.constexpr, SHIFT: tl.constexpr):
     """One axis of a box from its deltas: (low, high, d centre / d delta, d high / d log_ratio).
 
@@ -405,6 +454,48 @@ def delta_decode_1d(delta, log_ratio, anchor, LIMIT: tl.constexpr, SHIFT: tl.con
     half = 0.5 * size * tl.exp(ratio)
     centre = 0.5 * (low + high) + shift
     return centre - half, centre + half, slope, tl.where(above | below, 0.0, half)
+
+
+@triton.jit
+def delta_decode(deltas, anchor, CODE: tl.constexpr):
+    """A box xyxy from normalised deltas, and what its gradient is multiplied with for theirs.
+
+    CODE is (name, four means, four deviations, limit, shift).
+    """
+    x, y, w, h = deltas
+    x1, x2, by_x, by_w = delta_decode_1d(
+        x * CODE[5] + CODE[1], w * CODE[7] + CODE[3], xs(anchor), CODE[9], CODE[10]
+    )
+    y1, y2, by_y, by_h = delta_decode_1d(
+        y * CODE[6] + CODE[2], h * CODE[8] + CODE[4], ys(anchor), CODE[9], CODE[10]
+    )
+    slopes = (by_x * CODE[5], by_y * CODE[6], by_w * CODE[7], by_h * CODE[8])
+    return (x1, y1, x2, y2), slopes
+
+
+@triton.jit
+def by_deltas(by_box, slopes):
+    """The gradient by deltas of what has this gradient by the box they make."""
+    dx1, dy1, dx2, dy2 = by_box
+    return (
+        (dx1 + dx2) * slopes[0],
+        (dy1 + dy2) * slopes[1],
+        (dx2 - dx1) * slopes[2],
+        (dy2 - dy1) * slopes[3],
+    )
+
+
+@triton.jit
+def centerness(anchor, box):
+    """How central the centre of an anchor is in a box: 1 in the middle, 0 outside."""
+    x = 0.5 * (anchor[0] + anchor[2])
+    y = 0.5 * (anchor[1] + anchor[3])
+    near_x, _ = smaller(x - box[0], box[2] - x)
+    far_x, _ = larger(x - box[0], box[2] - x)
+    near_y, _ = smaller(y - box[1], box[3] - y)
+    far_y, _ = larger(y - box[1], box[3] - y)
+    square, _ = at_least(near_x / far_x * (near_y / far_y), 0.0)
+    return tl.sqrt(square)
 
 
 @triton.jit

@@ -19,12 +19,10 @@ def count(mask):
     return tl.sum(mask.to(tl.int32), axis=0)
 
 
-@triton.jit(do_not_specialize=["n_columns"])
-def hardest_kernel(x, p_k, p_taken, n_columns, BC: tl.constexpr):
-    """A row a program, in blocks of BC columns that the cache holds; of equal columns the first."""
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.load(p_k + row).to(tl.int32)
-    # The key of the k-th largest, bit by bit from above: the largest that k columns reach.
+@triton.jit
+def kth_largest(x, row, k, n_columns, BC: tl.constexpr):
+    """(key of the k-th largest column of a row, how many that equal it are of the k)."""
+    # Bit by bit from above: the largest key that k columns reach.
     least = tl.full([], 0, tl.uint32)
     bit = tl.full([], 1 << 31, tl.uint32)
     while bit > 0:
@@ -42,15 +40,34 @@ def hardest_kernel(x, p_k, p_taken, n_columns, BC: tl.constexpr):
         column = start + tl.arange(0, BC)
         m_column = column < n_columns
         n_above += count(m_column & (load_keys(x, row, column, m_column) > least))
-    n_left = k - n_above  # of those that equal the k-th largest
+    return least, k - n_above
+
+
+@triton.jit
+def largest(key, m_column, k, least, n_left):
+    """(which columns of a block are of the k largest, how many equal ones the next may take).
+
+    `least` and, of the first block, `n_left` are what `kth_largest` says; of equal columns the
+    first are taken.
+    """
+    is_equal = m_column & (key == least)
+    is_first = tl.cumsum(is_equal.to(tl.int32), axis=0) <= n_left
+    taken = m_column & ((key > least) | (is_equal & is_first)) & (k > 0)
+    return taken, n_left - count(is_equal)
+
+
+@triton.jit(do_not_specialize=["n_columns"])
+def hardest_kernel(x, p_k, p_taken, n_columns, BC: tl.constexpr):
+    """A row a program, in blocks of BC columns that the cache holds."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.load(p_k + row).to(tl.int32)
+    least, n_left = kth_largest(x, row, k, n_columns, BC)
     for start in range(0, n_columns, BC):
         column = start + tl.arange(0, BC)
         m_column = column < n_columns
         key = load_keys(x, row, column, m_column)
-        is_equal = m_column & (key == least)
-        taken = (key > least) | (is_equal & (tl.cumsum(is_equal.to(tl.int32), axis=0) <= n_left))
-        tl.store(p_taken + row * n_columns + column, taken & (k > 0), mask=m_column)
-        n_left -= count(is_equal)
+        taken, n_left = largest(key, m_column, k, least, n_left)
+        tl.store(p_taken + row * n_columns + column, taken, mask=m_column)
 
 
 @triton.jit(do_not_specialize=["n_columns", "n"])

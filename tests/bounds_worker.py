@@ -29,10 +29,10 @@ from torch import Tensor
 from trees import leaves, mapped, mixed
 
 import detloss_triton as dt
-from detloss_triton import backend
+from detloss_triton import backend, engine
 from detloss_triton.bench.batches import DENSE as BUILDERS
 from detloss_triton.bench.batches import STRIDES
-from detloss_triton.engine import REGISTRY, Formula, RowOp
+from detloss_triton.engine import REGISTRY, Formula, RowOp, formula
 
 ROWS = 37
 SIDE: Any = sys.argv[1]
@@ -62,17 +62,16 @@ def features_first(x: Tensor) -> Tensor:
 
 def run_op(tested: Formula, integers: torch.dtype, layout: Callable[[Tensor], Tensor]) -> None:
     for sample in tested.samples(ROWS, torch.Generator().manual_seed(0)):
-        inputs: list[Any] = []
-        for i, x in enumerate(sample.inputs):
-            if x is not None and not x.is_floating_point():
-                x = hostile(x.to(integers))
-            x = None if x is None else placed(layout(x))
-            if isinstance(tested, RowOp) and tested.inputs[i].grad:
-                x.requires_grad_()
-            inputs.append(x)
+        inputs: Any = engine.mapped(
+            lambda x: placed(layout(x if x.is_floating_point() else hostile(x.to(integers)))),
+            sample.inputs,
+        )
+        inputs = tested.with_leaves(formula.Sample(inputs, sample.params))[0].inputs
         with memory():
             if not isinstance(tested, RowOp):
-                tested(*inputs, **sample.params)
+                out = tested(*inputs, **sample.params)
+                if tested.differentiable:
+                    out.sum().backward()
                 continue
             weight = None if sample.weight is None else placed(sample.weight)
             for keep in (0, 1):

@@ -17,12 +17,12 @@ PACKAGE = ROOT / "detloss_triton"
 
 # From the ground up: a module imports from its own floor or from those below it.
 FLOORS = (
-    ("warn", "precision", "settings", "kernels"),
+    ("warn", "precision", "ranks", "settings", "kernels"),
     ("backend", "boxes", "shapes"),
     ("engine",),
-    ("validate", "reduction", "targets"),
+    ("validate", "reduction"),
     ("ops",),
-    ("losses", "functional", "coders", "matchers", "vec2box"),
+    ("losses", "functional", "coders", "matchers", "targets", "vec2box"),
     ("criteria",),
     ("", "selfcheck"),
     ("cli", "demo", "bench", "__main__"),

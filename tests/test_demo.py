@@ -17,7 +17,6 @@ from PIL import ExifTags, Image, ImageCms
 
 from detloss_triton import cli
 from detloss_triton.boxes import cxcywh_to_xyxy
-from detloss_triton.criteria.dfine import bin_positions, box_bins
 from detloss_triton.demo.average_precision import average_precision
 from detloss_triton.demo.coco import Entry
 from detloss_triton.demo.coco_images import BORDER_GREY, CocoImages, letterbox, mirror
@@ -37,6 +36,7 @@ from detloss_triton.demo.samples import (
 )
 from detloss_triton.demo.shape_images import CLASS_NAMES, MOST_SHAPES, ShapeImages
 from detloss_triton.demo.train import Settings, evaluate, fit, rate
+from detloss_triton.ops.queries import bin_positions, box_bins
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,8 @@ from trees import Unchanged, leaves, mapped
 from detloss_triton import DetrCriterion, DFINECriterion, HungarianMatcher, sum_losses
 from detloss_triton.bench.batches import DECODER_EXTRAS as EXTRAS
 from detloss_triton.bench.batches import Decoder
-from detloss_triton.criteria.dfine import bin_positions, box_bins
-from detloss_triton.matchers import union_of_matches
+from detloss_triton.ops.matching import union_of_matches
+from detloss_triton.ops.queries import bin_positions, box_bins
 from detloss_triton.targets import Targets, bucket, pack
 from detloss_triton.validate import validation
 
@@ -392,7 +392,7 @@ def test_union_of_matches_breaks_ties_as_written() -> None:
     generator = torch.Generator().manual_seed(0)
     n_targets = 5
     matches = torch.randint(-1, n_targets, (4, 3, 30), generator=generator)
-    (union,) = union_of_matches(matches, n_targets)
+    (union,) = union_of_matches(matches, n_targets=n_targets)
     for image in range(3):
         counts: dict[tuple[int, int], int] = {}
         for layer in range(4):

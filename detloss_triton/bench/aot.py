@@ -153,6 +153,25 @@ def _accesses_in_sass(text: str) -> tuple[Widths, Widths]:
     return dict(loads), dict(stores)
 
 
+def operations(cubin: bytes) -> tuple[int, int]:
+    """(instructions, those of them for transcendental functions) that a thread is given in its
+    longest loop, or in all of a kernel without one."""
+    return _operations_in_sass(_disassembled(cubin, "-sass"))
+
+
+def _operations_in_sass(text: str) -> tuple[int, int]:
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([^;]+);", text)
+    code = [(int(address, 16), words) for address, words in found if not words.startswith("NOP")]
+    loops = []
+    for end, words in code:
+        jump = re.match(r"BRA\b.*\b0x([0-9a-f]+)", words)
+        # A kernel ends with a jump to itself, which is never reached.
+        if jump and int(jump[1], 16) < end:
+            loops.append([w for at, w in code if int(jump[1], 16) <= at <= end])
+    taken = max(loops, key=len) if loops else [words for _, words in code]
+    return len(taken), sum(words.startswith("MUFU") for words in taken)
+
+
 def _accesses_in_amdgcn(text: str) -> tuple[Widths, Widths]:
     loads, stores = Counter[int](), Counter[int]()
     pattern = r"\b(?:global|buffer|flat)_(load|store)_([a-z0-9]+)"

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from detloss_triton import ops  # noqa: F401  (fills the registry)
-from detloss_triton.engine import REGISTRY, DirectOp, Input, RowOp, Sample
+from detloss_triton.boxes import ltrb
+from detloss_triton.engine import REGISTRY, RowOp, Sample
+from detloss_triton.vec2box import Vec2Box
 
-from .batches import BUILDERS, Batch, Draw
+from .batches import BUILDERS, STRIDES, Batch, Draw
 
 # The size of an op nobody has named one for: 16 images of 8,400 anchors.
 ROWS = 134_400
@@ -46,10 +48,12 @@ class OpCase:
 
     @property
     def differentiable(self) -> tuple[bool, ...]:
-        """Which of the inputs take gradients: the first one that can, as in a criterion."""
-        specs: tuple[Input, ...] = self.op.inputs if isinstance(self.op, RowOp) else ()
-        first = next((spec.name for spec in specs if spec.grad), None)
-        return tuple(spec.name == first for spec in specs)
+        """Which of the inputs take gradients: of a loss of rows the first one that can, as in a
+        criterion."""
+        flags: tuple[bool, ...] = self.op.differentiable
+        if isinstance(self.op, RowOp) and True in flags:
+            return tuple(i == flags.index(True) for i in range(len(flags)))
+        return flags
 
 
 @dataclass(frozen=True)
@@ -196,23 +200,70 @@ def _distances(anchors: int) -> Callable[[Draw, int], Sample]:
     return sample
 
 
-def _aligned(draw: Draw, batch: int, targets: int = 20, anchors: int = 8400) -> Sample:
+def _aligned(draw: Draw, batch: int, targets: int = 20, classes: int = 80) -> Sample:
+    """Two heads, each anchor's box near one that it may lie in."""
+    vec2box = Vec2Box(None, (640, 640), list(STRIDES))
+    centres, strides = vec2box.anchor_grid, vec2box.scaler
+    sizes = [h * w for h, w in vec2box.map_sizes]
     boxes = draw.boxes(640.0, batch, targets)
-    which = draw.integers(0, targets, batch, anchors, 1).expand(-1, -1, 4)
-    pred = boxes.gather(1, which) + 8 * draw.normal(batch, anchors, 4)
-    logits = draw.normal(batch, targets, anchors) - 2
-    params = {"iou": "ciou", "iou_power": 6.0, "class_power": 0.5}
-    return Sample((pred, logits, draw.uniform(anchors, 2) * 640, boxes), params)
+    label = draw.integers(0, classes, batch, targets, 1).to(boxes.dtype)
+    logits, sides = [], []
+    for _ in range(2):
+        which = draw.integers(0, targets, batch, len(centres), 1).expand(-1, -1, 4)
+        near = boxes.gather(1, which) + 8 * draw.normal(batch, len(centres), 4)
+        distances = ltrb(centres, near) / strides[:, None]
+        logits += (draw.normal(batch, classes, len(centres)) - 2).split(sizes, 2)
+        sides += distances.transpose(1, 2).contiguous().split(sizes, 2)
+    params = {"iou": "ciou", "iou_power": 6.0, "class_power": 0.5, "topk": 10, "heads": 2}
+    given = tuple(x.contiguous() for x in logits), tuple(x.contiguous() for x in sides)
+    rows = torch.cat([label, boxes], -1)
+    return Sample((*given, centres, (centres, strides), rows), params)
+
+
+def _dense(
+    cells: tuple[int, ...], positives: float, centred: bool
+) -> Callable[[Draw, int], Sample]:
+    """Levels of maps (N, C, H, W): RTMDet's terms, or ATSS's with centerness."""
+
+    def level(draw: Draw, batch: int, n: int) -> tuple[Tensor, ...]:
+        def of_map(features: int) -> Tensor:
+            return draw.normal(batch, features, n).transpose(1, 2)
+
+        targets = draw.boxes(640.0, batch, n)
+        labels = _labels(draw, positives, 80, batch, n)
+        quality, weights = draw.uniform(batch, n), torch.ones(batch, n)
+        mask = torch.ones(batch, n, 1).expand(-1, -1, 80)
+        anchors = targets + 8 * draw.normal(batch, n, 4)
+        boxes = of_map(4) if centred else anchors + of_map(4)
+        rows = of_map(80), labels, quality, weights, mask, boxes, anchors, targets
+        return *rows, of_map(1).squeeze(-1)
+
+    def sample(draw: Draw, batch: int) -> Sample:
+        inputs = list(zip(*(level(draw, batch, n) for n in cells), strict=True))
+        for i in (2,) if centred else (4, 6, 8):
+            inputs[i] = ()
+        common = {"number": 100.0, "boxes": "giou_loss", "box_constants": (1e-6,)}
+        common |= {"by_iou": False, "background": -1.0}
+        if not centred:
+            terms = {"classes": "quality_focal", "class_constants": (2.0,), "decode": ""}
+            rest = {"decode_constants": (), "factors": (1.0, 2.0), "added": (0.0, 0.0)}
+            return Sample((*inputs, ()), common | terms | rest)
+        decode = (0.0,) * 4 + (0.1, 0.1, 0.2, 0.2, 4.135, 0.0)
+        terms = {"classes": "sigmoid_focal", "class_constants": (0.25, 2.0), "decode": "deltas"}
+        rest = {"decode_constants": decode, "factors": (1.0, 2.0, 1.0), "added": (0.0,) * 3}
+        return Sample((*inputs, ()), common | terms | rest)
+
+    return sample
 
 
 def _costs(draw: Draw, batch: int, layers: int = 6, queries: int = 300, boxes: int = 20) -> Sample:
     def normalised(*shape: int) -> Tensor:
         return torch.cat([draw.uniform(*shape, 2), 0.05 + 0.3 * draw.uniform(*shape, 2)], -1)
 
-    n = layers * batch
     params = {"cost_class": 2.0, "cost_bbox": 5.0, "cost_giou": 2.0, "alpha": 0.25, "gamma": 2.0}
-    logits, labels = draw.normal(n, queries, 80) - 2, draw.integers(0, 80, batch, boxes)
-    return Sample((logits, normalised(n, queries), labels, normalised(batch, boxes)), params)
+    logits = (draw.normal(layers, batch, queries, 80) - 2).unbind()
+    labels, predicted = draw.integers(0, 80, batch, boxes), normalised(layers, batch, queries)
+    return Sample((logits, predicted.unbind(), labels, normalised(batch, boxes)), params)
 
 
 def _assigned(rows: int, columns: int, layers: int = 1) -> Callable[[Draw, int], Sample]:
@@ -261,9 +312,11 @@ _OPS: tuple[tuple[str, str, Size, Callable[[Draw, int], Sample]], ...] = (
     ("ciou_loss", "", _YOLOV9, _box_pairs(8400, {"eps": 1e-9, "alpha_grad": False})),
     ("delta_decode", "", _ATSS, _deltas(8525)),
     ("distance_decode", "", _RTMDET, _distances(8400)),
+    ("dense", "as in RTMDet", _RTMDET, _dense((6400, 1600, 400), 0.01, False)),
+    ("dense", "as in ATSS", _ATSS, _dense((6400, 1600, 400, 100, 25), 0.003, True)),
     ("first_set", "", _YOLOX, _masked),
     ("hardest", "", _SSD, _mined),
-    ("task_aligned", "", _YOLOV9, _aligned),
+    ("align", "", _YOLOV9, _aligned),
     ("match_cost", "", _DETR, _costs),
     ("optimal_assignment", "20 x 300", _DETR, _assigned(20, 300, layers=6)),
     ("optimal_assignment", "300 x 100", _LINEAR, _assigned(300, 100)),
@@ -284,7 +337,6 @@ def op_cases() -> list[OpCase]:
     """Every op of the registry, at each of its named sizes."""
     cases = []
     for name, op in sorted(REGISTRY.items()):
-        assert isinstance(op, (RowOp, DirectOp))
         named = [
             OpCase(f"{name}, {which}" if which else name, op, size, sample)
             for owner, which, size, sample in _OPS

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_triton.reduction import sum_losses
+from detloss_triton import sum_losses
 
 from .batches import BUILDERS
 from .cases import CriterionCase, OpCase

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detloss_triton import backend
-from detloss_triton.engine import TOLERANCE, RowOp
-from detloss_triton.reduction import sum_losses
+from detloss_triton import backend, sum_losses
+from detloss_triton.engine import TOLERANCE, RowOp, tensors_of
 from detloss_triton.selfcheck import relative_error
 
 from .batches import Batch, Draw
@@ -88,17 +87,13 @@ def op_task(
     """The op on a batch of that many images; losses are summed over all rows."""
     sample = case.sample(Draw(0), batch)
 
-    def placed(x: Tensor | None, takes_gradient: bool) -> Tensor | None:
-        if x is None:
-            return None
-        x = x.to(device, dtype) if x.is_floating_point() else x.to(device)
-        return x.requires_grad_(takes_gradient)
-
-    wanted = (*case.differentiable, *[False] * len(sample.inputs))
-    inputs = {
-        "inputs": [placed(x, grad) for x, grad in zip(sample.inputs, wanted, strict=False)],
-        "weight": placed(sample.weight, False),
-    }
+    sample = sample.changed(
+        lambda x: x.to(device, dtype) if x.is_floating_point() else x.to(device)
+    )
+    for x, takes_gradient in zip(sample.inputs, case.differentiable, strict=False):
+        for each in tensors_of(x):
+            each.requires_grad_(takes_gradient)
+    inputs = {"inputs": sample.inputs, "weight": sample.weight}
 
     def compute(tree: Tree) -> Any:
         if isinstance(case.op, RowOp):

@@ -20,15 +20,16 @@ import triton
 from torch import Tensor
 from tqdm import tqdm
 
-from detloss_triton import backend
+from detloss_triton import backend, sum_losses
 from detloss_triton.engine import REGISTRY, Formula, RowOp, Sample
 from detloss_triton.ops import assignment, distribution
 
 from . import aot
 from .batches import Draw
-from .cases import op_cases
+from .cases import CRITERIA, CriterionCase, op_cases
 from .measure import n_bytes
 from .report import aligned
+from .trees import leaves
 
 TARGETS = tuple(aot.TARGETS)
 # The target whose plan is complete, also when it is quick.
@@ -37,6 +38,9 @@ MAIN = "sm_90"
 ROWS, IMAGES = 1600, 10
 # Rows of an image that nothing divides: no two can be read together.
 RAGGED_ROWS = 25 * IMAGES
+# By kernel, the argument that says how many logits of a row it takes at a time: those of a step of
+# its loop, or of a whole row.
+LOGITS = {"class_kernel": "BC", "two_bin_kernel": "n_features", "distillation_kernel": "n_features"}
 MANY_QUERIES = "optimal_assignment, 300 x 600"
 Row = dict[str, Any]
 
@@ -52,16 +56,13 @@ class Variant:
 
     def launches(self) -> list[backend.Launch]:
         """Recorded, not run: forward, and backward where the op has one."""
+        op: Any = self.op
+        sample, leaves = op.with_leaves(self.sample)
+        of_rows = {"weight": sample.weight, "keep": self.keep} if isinstance(op, RowOp) else {}
         with backend.record_launches() as launches:
-            inputs = [None if x is None else x.detach() for x in self.sample.inputs]
-            if not isinstance(self.op, RowOp):
-                self.op(*inputs, **self.sample.params)  # type: ignore[operator]
-                return launches
-            for spec, x in zip(self.op.inputs, inputs, strict=True):
-                if spec.grad and x is not None:
-                    x.requires_grad_()
-            out = self.op(*inputs, weight=self.sample.weight, keep=self.keep, **self.sample.params)
-            out.sum().backward()
+            out = op(*sample.inputs, **of_rows, **sample.params)
+            if leaves:
+                torch.autograd.grad(out.sum(), leaves)
         return launches
 
 
@@ -86,12 +87,6 @@ def _fullest(op: Formula, rows: int = ROWS) -> Sample:
     return max(_samples(op, rows), key=lambda s: sum(x is not None for x in (*s.inputs, s.weight)))
 
 
-def _changed(sample: Sample, change: Any) -> Sample:
-    inputs = tuple(None if x is None else change(x) for x in sample.inputs)
-    weight = None if sample.weight is None else change(sample.weight)
-    return Sample(inputs, sample.params, weight)
-
-
 def named(batch: int | None = None) -> Iterator[Variant]:
     """Every op at its named sizes, contiguous float32; the batch is the size's own or the given."""
     for case in op_cases():
@@ -102,16 +97,40 @@ def strided(rows: int = ROWS) -> Iterator[Variant]:
     """Sums of rows as heads give them, (N, C, H, W), in bfloat16: the most registers."""
     for op in REGISTRY.values():
         if isinstance(op, RowOp):
-            sample = _changed(
-                _fullest(op, rows), lambda x: _channels_first(_cast(x, torch.bfloat16))
-            )
+            sample = _fullest(op, rows).changed(lambda x: _channels_first(_cast(x, torch.bfloat16)))
             yield Variant(op, f"{op.name}, channels first, {rows // IMAGES} rows, bfloat16", sample)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A criterion's step at its named size, with predictions of a dtype; one image."""
+
+    case: CriterionCase
+    dtype: torch.dtype
+
+    @property
+    def label(self) -> str:
+        return f"{self.case.name} step, {str(self.dtype).removeprefix('torch.')}"
+
+    def launches(self) -> list[backend.Launch]:
+        meta = torch.device("meta")
+        batch = self.case.batch(images=1).on(meta, self.dtype)
+        wanted = [x for _, x in leaves(batch.inputs) if x.requires_grad]
+        with backend.record_launches() as launches:
+            torch.autograd.grad(sum_losses(batch.criterion(meta)(**batch.inputs)), wanted)
+        return launches
+
+
+def steps(*dtypes: torch.dtype) -> Iterator[Step]:
+    """A step of every criterion."""
+    for dtype in dtypes:
+        yield from (Step(case, dtype) for case in CRITERIA.values() if not case.matcher)
 
 
 def each_row() -> Iterator[Variant]:
     """Each row's loss, in float16."""
     for op in REGISTRY.values():
-        sample = _changed(_fullest(op), lambda x: _cast(x, torch.float16))
+        sample = _fullest(op).changed(lambda x: _cast(x, torch.float16))
         yield Variant(op, f"{op.name}, each row, float16", sample, keep=isinstance(op, RowOp))
 
 
@@ -120,6 +139,15 @@ def combinations() -> Iterator[Variant]:
     for op in REGISTRY.values():
         for i, sample in enumerate(_samples(op)):
             yield Variant(op, f"{op.name}, sample {i}", sample)
+
+
+def without_labels() -> Iterator[Variant]:
+    """Class losses whose entries have targets of their own."""
+    for op in REGISTRY.values():
+        if isinstance(op, RowOp) and op.background:
+            sample = next(s for s in _samples(op) if s.inputs[1] is None)
+            sample = sample.changed(Tensor.contiguous)
+            yield Variant(op, f"{op.name}, without labels", sample)
 
 
 def limits() -> Iterator[Variant]:
@@ -148,7 +176,7 @@ def limits() -> Iterator[Variant]:
         )
 
 
-def _one_per_kernel(variants: Iterator[Variant]) -> Iterator[Variant]:
+def _one_per_kernel(variants: Iterator[Variant | Step]) -> Iterator[Variant | Step]:
     seen: set[str] = set()
     for variant in variants:
         kernels = {launch.kernel.__name__ for launch in variant.launches()}
@@ -157,20 +185,22 @@ def _one_per_kernel(variants: Iterator[Variant]) -> Iterator[Variant]:
             yield variant
 
 
-def plan(target: str, quick: bool) -> Iterator[Variant]:
-    """What is compiled for a target. Quick: all named ops for one target; for the others one
-    contiguous op of each kernel, backward where there is one, assignment to many queries, and for
-    the first target strided ones."""
+def plan(target: str, quick: bool) -> Iterator[Variant | Step]:
+    """What is compiled for a target. Quick: all named ops for one target, and class losses without
+    labels; for the others one contiguous op of each kernel, backward where there is one, assignment
+    to many queries, and for the first target strided ones."""
     if not quick:
         yield from named()
         yield from strided()
         yield from strided(RAGGED_ROWS)
+        yield from steps(torch.float32, torch.bfloat16)
         if target == MAIN:
             yield from each_row()
             yield from combinations()
             yield from limits()
     elif target == MAIN:
         yield from named(batch=1)
+        yield from without_labels()
     else:
         yield from _one_per_kernel(named(batch=1))
         yield next(v for v in named(batch=1) if v.label == MANY_QUERIES)
@@ -217,6 +247,19 @@ def jobs(targets: tuple[str, ...], quick: bool) -> Iterator[tuple[Row, backend.L
                 )
 
 
+def _per_logit(launch: backend.Launch, binary: Any) -> Row:
+    """Instructions and transcendental ones (MUFU) per logit, of kernels over logits."""
+    name = launch.kernel.__name__
+    if name not in LOGITS:
+        return {}
+    threads = 32 * binary.metadata.num_warps
+    logits = launch.arguments["BR"] * launch.arguments[LOGITS[name]] / threads
+    counts = aot.operations(binary.asm["cubin"])
+    return {
+        key: round(n / logits, 2) for key, n in zip(("instructions", "mufu"), counts, strict=True)
+    }
+
+
 _JOBS: list[tuple[Row, backend.Launch]] = []
 
 
@@ -224,7 +267,8 @@ def _measured(i: int) -> Row:
     row, launch = _JOBS[i]
     binary = aot.compiled(launch.kernel, launch.arguments, aot.TARGETS[row["target"]])
     loads, stores = aot.accesses(binary)
-    return row | asdict(aot.usage(binary)) | {"loads": loads, "stores": stores}
+    found = row | asdict(aot.usage(binary)) | {"loads": loads, "stores": stores}
+    return found | (_per_logit(launch, binary) if row["target"] == MAIN else {})
 
 
 def measure(targets: tuple[str, ...] = TARGETS, quick: bool = False) -> list[Row]:
@@ -246,7 +290,8 @@ def write(rows: list[Row], path: Path) -> None:
 def table(rows: list[Row]) -> str:
     """One line for each kernel specialisation and target."""
     head = ("target", "variant", "pass", "registers", "shared", "local", "spills", "loads")
-    lines: list[tuple[str, ...]] = [(*head, "stores", "programs", "bytes/element")]
+    tail = ("stores", "programs", "bytes/element", "instructions/logit", "MUFU/logit")
+    lines: list[tuple[str, ...]] = [(*head, *tail)]
     for row in rows:
         lines.append(
             (
@@ -257,6 +302,7 @@ def table(rows: list[Row]) -> str:
                 *(widths(row[key]) for key in ("loads", "stores")),
                 str(row["programs"]),
                 f"{row['bytes_per_element']:g}",
+                *(f"{row[key]:g}" if key in row else "-" for key in ("instructions", "mufu")),
             )
         )
     return aligned(lines)

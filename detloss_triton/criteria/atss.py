@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detloss_triton.boxes import columns
+from detloss_triton.boxes import centerness
 from detloss_triton.losses import CrossEntropyLoss, CrossSigmoidFocalLoss, QualityFocalLoss
+from detloss_triton.ops.dense import MIN_QUALITY, dense, is_object
 from detloss_triton.ops.regression import iou_loss
-from detloss_triton.precision import at_least_float32
-from detloss_triton.reduction import as_divisor, rank_means
+from detloss_triton.precision import as_indices, at_least_float32
+from detloss_triton.reduction import EPS32, as_divisor, rank_means, unbound
 from detloss_triton.settings import described
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
@@ -28,26 +29,23 @@ from detloss_triton.validate import (
 
 from .arguments import constants, precision_of
 from .levels import (
-    all_levels,
+    BOX_TERMS,
+    ONE,
     as_rows,
     at_positives,
-    boxes_by_level,
     check_labels,
     check_levels,
     check_maps,
     class_loss,
+    divisor_of,
     ignores_labels,
     is_our_coder,
     is_ours,
-    is_positive,
     of_positives,
-    ours_by_level,
     refuse_overrides,
     takes,
+    term_of,
 )
-
-# The quality of a positive whose box misses its target altogether.
-_MIN_QUALITY = 1e-6
 
 _SLOTS = ("loss_cls", "loss_bbox", "loss_centerness")
 
@@ -170,66 +168,147 @@ class ATSSCriterion(nn.Module):
             )
         place = f"{type(self).__name__}: avg_factor"
         avg_factor = as_divisor(place, avg_factor, dtype, labels[0].device)
-        sizes = [level.shape[1] for level in labels]
-        # What is small is joined: an operation on all levels costs what one on a level does.
-        is_object = is_positive(torch.cat(list(labels), 1), self.num_classes)
-        positive = is_object.split(sizes, 1)
         if enabled():
-            check(
-                self,
-                anchors=XYXY(anchors),
-                cls_score=FINITE(cls_score),
-                bbox_pred=FINITE(bbox_pred),
-                centerness=FINITE(centerness),
-                labels=a_class_or_background(self.num_classes, ignores_labels(self.loss_cls))(
-                    labels, label_weights
-                ),
-                label_weights=NOT_NEGATIVE(label_weights),
-                bbox_targets=(XYXY if self.reg_decoded_bbox else FINITE)(bbox_targets, positive),
-                valid_label_mask=NOT_NEGATIVE(valid_label_mask),
-                avg_factor=POSITIVE(avg_factor),
+            self._check_values(
+                anchors=anchors,
+                cls_score=cls_score,
+                bbox_pred=bbox_pred,
+                centerness=centerness,
+                labels=labels,
+                label_weights=label_weights,
+                bbox_targets=bbox_targets,
+                valid_label_mask=valid_label_mask,
+                avg_factor=avg_factor,
             )
-            if self.reg_decoded_bbox:
-                pairs = zip(bbox_targets, anchors, strict=True)
-                both = [torch.cat(pair, -1) for pair in pairs]
-                check(self, bbox_targets=MEETS_ANCHOR(both, positive))
-        grid, targets = all_levels(anchors, dtype), all_levels(bbox_targets, dtype)
+        scores = tuple(as_rows(level, self.cls_out_channels) for level in cls_score)
+        codes = tuple(as_rows(level, 4) for level in bbox_pred)
+        logits = tuple(as_rows(level, 1).squeeze(-1) for level in centerness)
+        terms = self._terms()
+        if terms is None:
+            levels = [
+                (*level, dtype)
+                for level in zip(
+                    anchors,
+                    scores,
+                    codes,
+                    logits,
+                    labels,
+                    label_weights,
+                    bbox_targets,
+                    valid_label_mask,
+                    strict=True,
+                )
+            ]
+            return self._by_module([_Level(*level) for level in levels], avg_factor)
+        masks: tuple[Tensor, ...] = ()
+        if self._masks():
+            pairs = zip(valid_label_mask, scores, strict=True)
+            masks = tuple(mask.expand(x.shape) for mask, x in pairs)
+        divisor, number = divisor_of(avg_factor, scores[0].device)
+        losses = unbound(
+            dense(
+                scores,
+                tuple(map(as_indices, labels)),
+                (),
+                tuple(label_weights),
+                masks,
+                codes,
+                tuple(anchors),
+                tuple(bbox_targets),
+                logits,
+                divisor,
+                number=number,
+                by_iou=self.use_qfl,
+                background=float(self.bg_loss_weight),
+                **terms,
+            )
+        )
+        n = len(scores)
+        return {
+            "loss_cls": losses[:n],
+            "loss_bbox": losses[n : 2 * n],
+            "loss_centerness": losses[2 * n :],
+        }
+
+    def _terms(self) -> dict[str, Any] | None:
+        """What `dense` computes if it knows the modules and the coder."""
+        by_label = ("sigmoid_focal", "binary_cross_entropy")
+        classes = term_of(self.loss_cls, *(("quality_focal",) if self.use_qfl else by_label))
+        boxes = term_of(self.loss_bbox, *BOX_TERMS)
+        logits = term_of(self.loss_centerness, "binary_cross_entropy")
+        decode: tuple[str, tuple[float, ...]] | None = ("", ())
+        if self.reg_decoded_bbox:
+            decode = self.bbox_coder.term() if is_our_coder(self.bbox_coder) else None
+        if classes is None or boxes is None or logits is None or decode is None:
+            return None
+        if self._has_own_centerness():
+            return None
+        return {
+            "classes": classes[0],
+            "class_constants": classes[1],
+            "boxes": boxes[0],
+            "box_constants": boxes[1],
+            "decode": decode[0],
+            "decode_constants": decode[1],
+            "factors": (classes[2], boxes[2] / ONE, logits[2]),
+            # The focal loss alone divides by the bare factor.
+            "added": (0.0 if classes[0] == "sigmoid_focal" else EPS32, 0.0, EPS32),
+        }
+
+    def _has_own_centerness(self) -> bool:
+        method = type(self).centerness_target
+        is_ours = method is ATSSCriterion.centerness_target
+        return not is_ours or "centerness_target" in self.__dict__
+
+    def _by_module(
+        self, levels: Sequence[_Level], avg_factor: float | Tensor
+    ) -> dict[str, list[Tensor]]:
+        """All levels by the modules, which are called with OTX's arguments."""
+        positive = [is_object(level.labels, self.num_classes) for level in levels]
         with torch.no_grad():
-            centred = self._centerness(grid, targets, is_object, sizes)
-        (box_norm,) = rank_means(centred.sum())
-        codes = torch.cat([as_rows(level, 4) for level in bbox_pred], 1)
-        boxes = self._boxes(grid, codes, is_object, sizes)
+            centred = [self._centred(*pair) for pair in zip(levels, positive, strict=True)]
+        (box_norm,) = rank_means(torch.cat(centred, 1).sum())
+        boxes = [self._boxes(*pair) for pair in zip(levels, positive, strict=True)]
+        rows = list(zip(levels, positive, centred, boxes, strict=True))
         return {
             "loss_cls": [
-                self._loss_cls(
-                    as_rows(cls_score[level], self.cls_out_channels),
-                    labels[level],
-                    label_weights[level],
-                    valid_label_mask[level],
-                    avg_factor,
-                    positive[level],
-                    boxes_here,
-                    bbox_targets[level],
-                )
-                for level, boxes_here in enumerate(boxes.split(sizes, 1))
+                self._loss_cls(level, avg_factor, here, box) for level, here, _, box in rows
             ],
-            "loss_bbox": boxes_by_level(
-                self.loss_bbox,
-                boxes,
-                targets,
-                sizes,
-                positive=is_object,
-                weight=centred,
-                norm=box_norm.clamp(min=1),
-            ),
-            "loss_centerness": self._loss_centerness(
-                torch.cat([as_rows(level, 1).squeeze(-1) for level in centerness], 1),
-                centred,
-                is_object,
-                sizes,
-                avg_factor,
-            ),
+            "loss_bbox": [
+                of_positives(self.loss_bbox, box, level.targets, here, weight, avg_factor=1.0)
+                / box_norm.clamp(min=1)
+                for level, here, weight, box in rows
+            ],
+            "loss_centerness": [
+                of_positives(
+                    self.loss_centerness, level.logits, weight, here, avg_factor=avg_factor
+                )
+                for level, here, weight, _ in rows
+            ],
         }
+
+    def _check_values(self, **arguments: Any) -> None:
+        """Raise ValueError for values that no assigner makes."""
+        labels, targets = arguments["labels"], arguments["bbox_targets"]
+        anchors, weights = arguments["anchors"], arguments["label_weights"]
+        positive = [is_object(level, self.num_classes) for level in labels]
+        check(
+            self,
+            anchors=XYXY(anchors),
+            cls_score=FINITE(arguments["cls_score"]),
+            bbox_pred=FINITE(arguments["bbox_pred"]),
+            centerness=FINITE(arguments["centerness"]),
+            labels=a_class_or_background(self.num_classes, ignores_labels(self.loss_cls))(
+                labels, weights
+            ),
+            label_weights=NOT_NEGATIVE(weights),
+            bbox_targets=(XYXY if self.reg_decoded_bbox else FINITE)(targets, positive),
+            valid_label_mask=NOT_NEGATIVE(arguments["valid_label_mask"]),
+            avg_factor=POSITIVE(arguments["avg_factor"]),
+        )
+        if self.reg_decoded_bbox:
+            both = [torch.cat(pair, -1) for pair in zip(targets, anchors, strict=True)]
+            check(self, bbox_targets=MEETS_ANCHOR(both, positive))
 
     def extra_repr(self) -> str:
         slots = {slot: is_ours(getattr(self, slot)) for slot in _SLOTS}
@@ -259,79 +338,43 @@ class ATSSCriterion(nn.Module):
             valid_label_mask=(valid_label_mask, (n_images, "n", width)),
         )
 
-    def _centerness(
-        self, anchors: Tensor, targets: Tensor, is_object: Tensor, sizes: Sequence[int]
-    ) -> Tensor:
+    def _centred(self, level: _Level, positive: Tensor) -> Tensor:
         """(B, n) centerness of the positives, 0 elsewhere; a user's function is called for them."""
-        method = type(self).centerness_target
-        if method is ATSSCriterion.centerness_target and "centerness_target" not in self.__dict__:
-            return self.centerness_target(anchors, targets).masked_fill(~is_object, 0)
-        blank = torch.zeros_like(anchors[..., 0])
-        return at_positives(self.centerness_target, blank, is_object, sizes, anchors, targets)
+        if not self._has_own_centerness():
+            target = self.centerness_target(level.anchors, level.targets)
+            return target.masked_fill(~positive, 0)
+        blank = torch.zeros_like(level.anchors[..., 0])
+        return at_positives(self.centerness_target, blank, positive, level.anchors, level.targets)
 
-    def _boxes(
-        self, anchors: Tensor, codes: Tensor, is_object: Tensor, sizes: Sequence[int]
-    ) -> Tensor:
+    def _boxes(self, level: _Level, positive: Tensor) -> Tensor:
         """(B, n, 4) boxes as `loss_bbox` compares them. What background predicts is not looked at,
         so that whatever it is, its gradient is 0."""
         if self.reg_decoded_bbox and is_our_coder(self.bbox_coder):
-            return self.bbox_coder.decode(anchors, codes, weight=is_object.to(anchors.dtype))
-        blank = codes.masked_fill(~is_object.unsqueeze(-1), 0)
+            weight = positive.to(level.anchors.dtype)
+            return self.bbox_coder.decode(level.anchors, level.codes, weight=weight)
+        blank = level.codes.masked_fill(~positive.unsqueeze(-1), 0)
         if not self.reg_decoded_bbox:
             return blank
-        decode = self.bbox_coder.decode
-        return at_positives(decode, at_least_float32(blank), is_object, sizes, anchors, codes)
-
-    def _loss_centerness(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        is_object: Tensor,
-        sizes: Sequence[int],
-        avg_factor: float | Tensor,
-    ) -> list[Tensor]:
-        if is_ours(self.loss_centerness):
-            logits = logits.masked_fill(~is_object, 0)
-            return ours_by_level(
-                self.loss_centerness,
-                logits,
-                target,
-                sizes,
-                weight=is_object.to(target.dtype),
-                avg_factor=avg_factor,
-            )
-        levels = zip(*(x.split(sizes, 1) for x in (logits, target, is_object)), strict=True)
-        return [
-            of_positives(self.loss_centerness, *level, avg_factor=avg_factor) for level in levels
-        ]
+        decode, blank = self.bbox_coder.decode, at_least_float32(blank)
+        return at_positives(decode, blank, positive, level.anchors, level.codes)
 
     def _loss_cls(
-        self,
-        scores: Tensor,
-        labels: Tensor,
-        weights: Tensor,
-        valid_label_mask: Tensor,
-        avg_factor: float | Tensor,
-        is_object: Tensor,
-        boxes: Tensor,
-        targets: Tensor,
+        self, level: _Level, avg_factor: float | Tensor, positive: Tensor, boxes: Tensor
     ) -> Tensor:
+        weights = level.weights
         if self.bg_loss_weight >= 0:
-            is_background = labels == self.num_classes
+            is_background = level.labels == self.num_classes
             weights = at_least_float32(weights).masked_fill(is_background, self.bg_loss_weight)
+        target: Tensor | tuple[Tensor, Tensor] = level.labels
         if self.use_qfl:
             with torch.no_grad():
-                missed = iou_loss(
-                    boxes.detach(), targets, mode="linear", eps=_MIN_QUALITY, keep=boxes.dim() - 1
-                )
-                quality = (1 - missed).masked_fill(~is_object, 0)
-            target: Tensor | tuple[Tensor, Tensor] = (labels, quality)
-        else:
-            target = labels
+                pairs = boxes.detach(), level.targets
+                missed = iou_loss(*pairs, mode="linear", eps=MIN_QUALITY, keep=2)
+                target = level.labels, (1 - missed).masked_fill(~positive, 0)
         kwargs: dict[str, Any] = {"avg_factor": avg_factor}
         if self._masks():
-            kwargs["valid_label_mask"] = valid_label_mask
-        return class_loss(self.loss_cls, scores, target, weights, **kwargs)
+            kwargs["valid_label_mask"] = level.mask
+        return class_loss(self.loss_cls, level.scores, target, weights, **kwargs)
 
     def _masks(self) -> bool:
         """Whether `loss_cls` leaves out classes by a mask: focal losses do, ours and OTX's."""
@@ -345,10 +388,24 @@ class ATSSCriterion(nn.Module):
         Shapes:
             anchors, gts: (..., 4) xyxy. Returns (...,) in [0, 1]; 0 for a centre outside its box.
         """
-        x1, y1, x2, y2 = columns(anchors)
-        left, top, right, bottom = columns(gts)
-        x, y = (x1 + x2) / 2, (y1 + y2) / 2
-        left, right, top, bottom = x - left, right - x, y - top, bottom - y
-        across = torch.minimum(left, right) / torch.maximum(left, right)
-        down = torch.minimum(top, bottom) / torch.maximum(top, bottom)
-        return (across * down).clamp(min=0).sqrt()
+        return centerness(anchors, gts)
+
+
+class _Level:
+    """One level's tensors, (B, n, ...), boxes in the precision of the arithmetic."""
+
+    def __init__(
+        self,
+        anchors: Tensor,
+        scores: Tensor,
+        codes: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        targets: Tensor,
+        mask: Tensor,
+        dtype: torch.dtype,
+    ) -> None:
+        self.anchors, self.targets = anchors.to(dtype), targets.to(dtype)
+        self.scores, self.codes, self.logits = scores, codes, logits
+        self.labels, self.weights, self.mask = labels, weights, mask

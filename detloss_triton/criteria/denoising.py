@@ -3,24 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from detloss_triton.ops.packing import denoising_map, padded, padded_index
 from detloss_triton.shapes import check_counts, check_mapping, check_shapes
-from detloss_triton.targets import Targets, counts_of, pack, padded, padded_index
+from detloss_triton.targets import Targets, counts_of, pack
 
 
-def prepare_positives(
+@dataclass(frozen=True)
+class Positives:
+    """The denoising query of each target in each group: all in one tensor, or image by image.
+
+    Shapes:
+        rows: one (B, groups, T), -1 for none; or with counts (groups * n,) of each image, of which
+            those without boxes may be left out, but for one.
+        counts: (B,), on the device.
+    """
+
+    rows: tuple[Tensor, ...]
+    counts: Tensor | None
+    n_images: int
+    groups: int
+    n_targets: int
+
+    def padded(self) -> Tensor:
+        """(B, groups, T) query of each target in each group, -1 for none."""
+        if self.counts is None:
+            return self.rows[0]
+        index = padded_index(self.counts.repeat_interleave(self.groups), self.n_targets)
+        return padded(self.rows, index, -1).view(self.n_images, self.groups, self.n_targets)
+
+    def map(self, n_queries: int) -> Tensor:
+        """(1, B, Q) target of each query, -1 for none."""
+        out: Tensor = denoising_map(
+            self.rows,
+            self.counts,
+            n_images=self.n_images,
+            n_groups=self.groups,
+            n_targets=self.n_targets,
+            n_queries=n_queries,
+        )
+        return out
+
+
+def prepared(dn_meta: Mapping[str, Any], positives: Positives) -> dict[str, Any]:
+    """dn_meta with the positives as one tensor, of a shape that repeats."""
+    entries = {"dn_positive_idx": positives.padded(), "dn_num_group": positives.groups}
+    return {**dn_meta, **entries}
+
+
+def positives_of(
     dn_meta: Mapping[str, Any],
     packed: Targets,
     targets: Targets | Sequence[Mapping[str, Tensor]],
     place: str,
-) -> dict[str, Any]:
-    """dn_meta with the queries of each target as one tensor, of a shape that repeats.
-
-    `dn_positive_idx` becomes (B, groups, T): the query of each target in each group, -1 for none.
+) -> Positives:
+    """The denoising queries in dn_meta, checked.
 
     Args:
         targets: what was packed; a list knows how many boxes each image has.
@@ -32,7 +74,7 @@ def prepare_positives(
     device, (n_images, n_targets) = packed.labels.device, packed.labels.shape
     counts = None if isinstance(targets, Targets) else counts_of(targets)
     positives, groups = _entries(dn_meta, place)
-    prepared = {**dn_meta, "dn_num_group": groups}
+    sizes = {"n_images": n_images, "groups": groups, "n_targets": n_targets}
     if isinstance(positives, Tensor) and (positives.dim() != 2 or counts is None):
         _check_indices(f"{place}: dn_positive_idx", positives, device)
         check_shapes(
@@ -40,18 +82,18 @@ def prepare_positives(
             labels=(packed.labels, ("B", "T")),
             dn_positive_idx=(positives, ("B", groups, "T")),
         )
-        return prepared
+        return Positives((positives,), None, **sizes)
     positives = _by_image(positives, n_images, device, place)
+    known = packed.counts
     if counts is None:
         # Of packed targets the host knows no more than how many there may be.
         counts = [min(row.numel() // max(groups, 1), n_targets) for row in positives]
+        known = torch.tensor(counts, dtype=torch.int64).to(device, non_blocking=True)
     _check_numbers(positives, counts, groups, place)
-    rows = [count for count in counts for _ in range(groups)]
-    index = padded_index(rows, n_targets, device)
-    none = torch.full((1,), -1, device=device)
-    queries = padded(none, [row.to(torch.int64) for row in positives if row.numel()], index)
-    prepared["dn_positive_idx"] = queries.view(n_images, groups, n_targets)
-    return prepared
+    rows = [row.to(torch.int64) for row in positives if row.numel()]
+    if not rows:
+        rows = [torch.empty(0, dtype=torch.int64, device=device)]
+    return Positives(tuple(rows), known, **sizes)
 
 
 def matched_indices(
@@ -64,7 +106,7 @@ def matched_indices(
     Of `Targets`, the numbers of boxes are read from the device.
 
     Raises:
-        TypeError, ValueError: as `prepare_positives`, and `pack` for targets.
+        TypeError, ValueError: as `positives_of`, and `pack` for targets.
     """
     device = pack(targets, place).labels.device
     counts = counts_of(targets)
@@ -78,17 +120,6 @@ def matched_indices(
         (positive.flatten(), torch.arange(n, device=device).repeat(groups))
         for positive, n in zip(positives, counts, strict=True)
     ]
-
-
-def denoising_map(dn_meta: Mapping[str, Any], n_queries: int) -> Tensor:
-    """(1, B, Q) target of each denoising query, -1 for none."""
-    queries = dn_meta["dn_positive_idx"]
-    n_images, _, n_targets = queries.shape
-    target = torch.arange(n_targets, device=queries.device).expand_as(queries)
-    out = target.new_full((n_images, n_queries + 1), -1)
-    is_query = (queries >= 0) & (queries < n_queries)
-    index = queries.masked_fill(~is_query, n_queries).long()
-    return out.scatter(1, index.flatten(1), target.flatten(1))[:, :n_queries].unsqueeze(0)
 
 
 def _entries(dn_meta: Any, place: str) -> tuple[Any, int]:

@@ -9,15 +9,7 @@ from torch import Tensor
 from detloss_triton.reduction import EPS32
 
 from .layer_by_layer import LayerByLayer
-from .matches import Matched, matched_targets
-from .set_prediction import (
-    AnyTargets,
-    Layers,
-    box_losses,
-    classification_losses,
-    iou_of,
-    named_losses,
-)
+from .set_prediction import AnyTargets, Layers, Matches
 
 
 class DetrCriterion(LayerByLayer, ours=True):
@@ -63,29 +55,16 @@ class DetrCriterion(LayerByLayer, ours=True):
         step = self._step(outputs, targets, num_boxes)
         losses = {}
         for layers in step.main:
-            own = matched_targets(*self._own_matches(layers, step))
-            losses.update(self._losses(layers, own, step.norm))
+            losses.update(self._of_layers(layers, self._own_matches(layers, step), step.norm))
         for layers in step.denoising:
             given, norm = self._given_matches(layers, step), self._denoising_norm(step)
-            losses.update(self._losses(layers, given, norm))
+            losses.update(self._of_layers(layers, given, norm))
         return losses
 
     def _queries(self, suffix: str) -> str:
         # Matched on its own, a layer of the encoder may have as many as it likes.
         return f"Q of {suffix[1:]}" if suffix.startswith("_enc_") else "Q"
 
-    def _losses(self, layers: Layers, found: Matched, norm: Tensor) -> dict[str, Tensor]:
-        iou = iou_of(layers.boxes, found)
-        vfl = classification_losses(layers.logits, iou, found, self.alpha, self.gamma)
-        distance, overlap = box_losses(layers.boxes, found)
-        values = {
-            "loss_giou": overlap / (norm + EPS32),
-            "loss_bbox": distance / (norm + EPS32),
-            "loss_vfl": vfl / norm,
-        }
-        return named_losses(
-            values, {**dict.fromkeys(values, 1.0), **self.weight_dict}, layers.suffixes
-        )
-
-    def _of_layer(self, layers: Layers, found: Matched, norm: Tensor) -> dict[str, Tensor]:
-        return self._losses(layers, found, norm)
+    def _of_layers(self, layers: Layers, found: Matches, norm: Tensor) -> dict[str, Tensor]:
+        weights = {name: self.weight_dict.get(name, 1.0) for name in reversed(self.loss_names)}
+        return self._query_losses(layers, found, norm, weights, added=EPS32)

@@ -19,8 +19,16 @@ from detloss_triton.targets import Targets, check_images, counts_of, pack
 
 from .arguments import constants
 from .denoising import matched_indices
-from .matches import Indices, Matched, map_of_indices, matched_targets
-from .set_prediction import AnyTargets, Layers, Output, SetCriterion, as_norm, stack_layers
+from .matches import Indices, map_of_indices
+from .set_prediction import (
+    AnyTargets,
+    Layers,
+    Matches,
+    Output,
+    SetCriterion,
+    as_norm,
+    layers_by_shape,
+)
 
 # Of D-FINE's distillation.
 TEMPERATURE = 5.0
@@ -94,29 +102,29 @@ class LayerByLayer(SetCriterion):
         return self._some(("loss_bbox", "loss_giou"), outputs, targets, indices, num_boxes)
 
     def _some(self, names: tuple[str, ...], *arguments: Any) -> dict[str, Tensor]:
-        losses = self._of_layer(*self._given(*arguments))
+        losses = self._of_layers(*self._given(*arguments))
         return {name: losses[name] for name in names}
 
-    def _of_layer(self, layers: Layers, found: Matched, norm: Tensor) -> dict[str, Tensor]:
-        """The losses of one matched layer, weighted where OTX's methods weigh them."""
+    def _of_layers(self, layers: Layers, found: Matches, norm: Tensor) -> dict[str, Tensor]:
+        """The losses of matched layers, weighted where OTX's methods weigh them."""
         raise NotImplementedError
 
     def _given(
         self, outputs: Output, targets: AnyTargets, indices: Any, num_boxes: Any
-    ) -> tuple[Layers, Matched, Tensor]:
+    ) -> tuple[Layers, Matches, Tensor]:
         """One layer, matched by (query indices, target indices) per image, and its normaliser."""
         name = type(self).__name__
         check_mapping(name, outputs=outputs)
         self._check_shapes([("", outputs)])
-        (layers,) = stack_layers([("", outputs)])
-        n_images, n_queries = layers.logits.shape[1:3]
+        (layers,) = layers_by_shape([("", outputs)])
+        first = layers.boxes[0]
         targets = constants(targets, self._precision([("", outputs)]))
-        packed = pack(targets, name, layers.boxes)
-        check_images(name, packed, n_images)
+        packed = pack(targets, name, first)
+        check_images(name, packed, len(first))
         self._check_num_boxes(num_boxes)
         counts = None if isinstance(targets, Targets) else counts_of(targets)
-        found = map_of_indices(indices, n_queries, packed, counts, name)
-        return layers, matched_targets(found, packed), as_norm(num_boxes, layers.boxes)
+        found = map_of_indices(indices, layers.n_queries, packed, counts, name)
+        return layers, (found, packed), as_norm(num_boxes, first)
 
     def _check_parts(self) -> None:
         self._refuse_overrides()
@@ -150,7 +158,7 @@ class LocalByLayer(LayerByLayer, ours=True):
         return self._local_of_layer(outputs, *given, temperature)
 
     def _local_of_layer(
-        self, outputs: Output, layers: Layers, found: Matched, norm: Tensor, temperature: float
+        self, outputs: Output, layers: Layers, found: Matches, norm: Tensor, temperature: float
     ) -> dict[str, Tensor]:
         raise NotImplementedError
 

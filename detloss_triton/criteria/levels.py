@@ -48,6 +48,31 @@ def is_our_coder(coder: Any) -> bool:
     return is_fused(coder, "decode")
 
 
+def term_of(
+    module: Any, *known: str, reduction: str = "mean"
+) -> tuple[str, tuple[float, ...], float] | None:
+    """(op, constants, factor) of a module with this reduction, if a fused op knows its name."""
+    if not is_ours(module) or getattr(module, "reduction", "") != reduction:
+        return None
+    term = module.term()
+    if term is None or term[0].partition(" ")[0] not in known:
+        return None
+    return *term, float(module.loss_weight)
+
+
+def divisor_of(by: float | Tensor, device: torch.device) -> tuple[tuple[Tensor, ...], float]:
+    """(tensor or none, number) as fused ops take a divisor; the host's is right beside any."""
+    if isinstance(by, Tensor):
+        return (by.to(device, non_blocking=True),), 1.0
+    return (), by
+
+
+BOX_TERMS = ("giou_loss", "iou_loss", "l1")
+
+# What (sum / 1) of a module's losses is divided by.
+ONE = 1 + EPS32
+
+
 def ignores_labels(module: Any) -> bool:
     """Whether labels of -1 and -100 may be left out by a loss, as a cross-entropy does: to focal
     losses any label that is no class is background."""
@@ -82,11 +107,6 @@ def refuse_overrides(criterion: nn.Module, *methods: str) -> None:
                 "computes all levels and images at once; override forward, or scale the losses it "
                 "returns"
             )
-
-
-def all_levels(levels: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """(B, n_l, ...) of each level as one (B, n, ...)."""
-    return torch.cat(list(levels), 1).to(dtype)
 
 
 def as_rows(x: Tensor, features: int) -> Tensor:
@@ -125,25 +145,16 @@ def class_loss(
 
 
 def at_positives(
-    function: Callable[..., Tensor],
-    blank: Tensor,
-    positive: Tensor,
-    sizes: Sequence[int],
-    *inputs: Tensor,
+    function: Callable[..., Tensor], blank: Tensor, positive: Tensor, *inputs: Tensor
 ) -> Tensor:
-    """What a user's function makes of the positives of each level, laid over `blank` (B, n, ...).
+    """What a user's function makes of the positives of a level, laid over `blank` (B, n, ...).
 
     It gets the (P, ...) rows of its inputs, as from OTX, and is not called where there are none.
     """
-    out = []
-    for level, here, *rows in zip(
-        *(x.split(sizes, 1) for x in (blank, positive, *inputs)), strict=True
-    ):
-        rows = [x[here] for x in rows]
-        if len(rows[0]):
-            level = level.index_put((here,), function(*rows).to(level.dtype))
-        out.append(level)
-    return torch.cat(out, 1)
+    rows = [x[positive] for x in inputs]
+    if len(rows[0]) == 0:
+        return blank
+    return blank.index_put((positive,), function(*rows).to(blank.dtype))
 
 
 def of_positives(
@@ -154,51 +165,21 @@ def of_positives(
     weight: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Another library's loss of the P positives among (B, n) anchors, which the host counts.
+    """A loss of the positives among (B, n) anchors, elsewhere `weight` is 0.
 
-    It gets (P, ...) rows, as from OTX; without positives it is not called, and the loss is 0.
+    Another library's module gets (P, ...) rows, as from OTX, which the host counts; without
+    positives it is not called, and the loss is 0.
     """
+    if is_ours(module):
+        # Whatever background predicts is not looked at, so that its gradient is 0.
+        blanked = pred.masked_fill(~(positive if pred.dim() == 2 else positive.unsqueeze(-1)), 0)
+        return module(blanked, target, weight=positive if weight is None else weight, **kwargs)
     pred = pred[positive]
     if len(pred) == 0:
         return at_least_float32(pred).sum()
     if weight is not None:
         kwargs["weight"] = weight[positive]
     return module(pred, target[positive], **kwargs)
-
-
-def ours_by_level(
-    module: nn.Module,
-    pred: Tensor,
-    target: Tensor,
-    sizes: Sequence[int],
-    *,
-    weight: Tensor,
-    avg_factor: float | Tensor,
-) -> list[Tensor]:
-    """Our module's loss of each level, from joined (B, n) rows with `sizes` anchors per level."""
-    if module.reduction == "mean":
-        each = module(pred, target, weight=weight, reduction_override="none")
-        return [level.sum() / (avg_factor + EPS32) for level in each.split(sizes, 1)]
-    levels = zip(*(x.split(sizes, 1) for x in (pred, target, weight)), strict=True)
-    return [module(p, t, weight=w, avg_factor=avg_factor) for p, t, w in levels]
-
-
-def boxes_by_level(
-    module: nn.Module,
-    pred: Tensor,
-    target: Tensor,
-    sizes: Sequence[int],
-    *,
-    positive: Tensor,
-    weight: Tensor,
-    norm: Tensor,
-) -> list[Tensor]:
-    """The box loss of each level over `norm`, from joined (B, n) rows; `weight` 0 off positives."""
-    if is_ours(module):
-        # Weights are normalised, not losses: gradients are then right as they are found.
-        return ours_by_level(module, pred, target, sizes, weight=weight / norm, avg_factor=1.0)
-    levels = zip(*(x.split(sizes, 1) for x in (pred, target, positive, weight)), strict=True)
-    return [of_positives(module, *level, avg_factor=1.0) / norm for level in levels]
 
 
 def check_maps(place: str, rows: Tensor, /, **maps: tuple[Any, int]) -> None:
@@ -259,8 +240,3 @@ def check_levels(criterion: nn.Module, /, **levels: Sequence[Any]) -> None:
         raise ValueError(f"{name}: all arguments must have one entry per level, got {lengths}")
     if not all(lengths.values()):
         raise ValueError(f"{name}: {', '.join(lengths)}: expected one entry per level, got none")
-
-
-def is_positive(labels: Tensor, num_classes: int) -> Tensor:
-    """Where a label is an object's: in [0, num_classes)."""
-    return (labels >= 0) & (labels < num_classes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,37 +12,6 @@ from detloss_triton.targets import Targets, counts_of
 from detloss_triton.validate import may_read
 
 Indices = Sequence[tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Matched:
-    """Each query's target, read off a map.
-
-    Shapes:
-        target_of_query: (L, B, Q) int64, -1 for none. matched: (L, B, Q) bool.
-        labels: (L, B, Q), -1 for none. boxes: (L, B, Q, 4) normalised cxcywh, 0 for none.
-    """
-
-    target_of_query: Tensor
-    matched: Tensor
-    labels: Tensor
-    boxes: Tensor
-
-
-def matched_targets(target_of_query: Tensor, targets: Targets) -> Matched:
-    """Look the targets of a map (L, B, Q) up."""
-    matched = target_of_query >= 0
-    n_layers = len(target_of_query)
-    index = target_of_query.clamp(min=0)
-    labels = targets.labels.expand(n_layers, -1, -1).gather(2, index)
-    boxes = targets.boxes.expand(n_layers, -1, -1, -1)
-    boxes = boxes.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, 4))
-    return Matched(
-        target_of_query,
-        matched,
-        labels.masked_fill(~matched, -1),
-        boxes.masked_fill(~matched.unsqueeze(-1), 0),
-    )
 
 
 def map_of_indices(

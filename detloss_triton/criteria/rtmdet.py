@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from detloss_triton.precision import at_least_float32
-from detloss_triton.reduction import rank_means
+from detloss_triton.ops.dense import dense, is_object, joined
+from detloss_triton.precision import as_indices, at_least_float32
+from detloss_triton.reduction import rank_means, unbound
 from detloss_triton.settings import described
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
@@ -26,17 +27,18 @@ from detloss_triton.validate import (
 
 from .arguments import constants, precision_of
 from .levels import (
-    all_levels,
+    BOX_TERMS,
+    ONE,
     as_rows,
-    boxes_by_level,
     check_labels,
     check_levels,
     check_maps,
     class_loss,
     ignores_labels,
     is_ours,
-    is_positive,
+    of_positives,
     refuse_overrides,
+    term_of,
 )
 
 
@@ -110,41 +112,107 @@ class RTMDetCriterion(nn.Module):
                 cls_score=(cls_score[level], self.cls_out_channels),
                 bbox_pred=(bbox_pred[level], 4),
             )
-        sizes = [level.shape[1] for level in labels]
-        # What is small is joined: an operation on all levels costs what one on a level does.
-        metric = all_levels(assign_metrics, dtype)
-        is_object = is_positive(torch.cat(list(labels), 1), self.num_classes)
-        box_weights = metric.masked_fill(~is_object, 0)
         if enabled():
-            check(
-                self,
-                cls_score=FINITE(cls_score),
-                bbox_pred=FINITE(bbox_pred),
-                labels=a_class_or_background(self.num_classes, ignores_labels(self.loss_cls))(
-                    labels, label_weights
-                ),
-                label_weights=NOT_NEGATIVE(label_weights),
-                assign_metrics=FRACTION(assign_metrics),
-                bbox_targets=XYXY(bbox_targets, box_weights.split(sizes, 1)),
+            self._check_values(
+                cls_score, bbox_pred, labels, label_weights, bbox_targets, assign_metrics
             )
-            check(self, assign_metrics=NOTHING(assign_metrics, (~is_object).split(sizes, 1)))
-        cls_norm, box_norm = rank_means(metric.sum(), box_weights.sum())
-        scores = [as_rows(level, self.cls_out_channels) for level in cls_score]
-        targets = [(x, at_least_float32(y)) for x, y in zip(labels, assign_metrics, strict=True)]
+        scores = tuple(as_rows(level, self.cls_out_channels) for level in cls_score)
+        boxes = tuple(as_rows(level, 4) for level in bbox_pred)
+        terms = self._terms()
+        if terms is None:
+            return self._by_module(
+                scores, boxes, labels, assign_metrics, label_weights, bbox_targets, dtype
+            )
+        losses = unbound(
+            dense(
+                scores,
+                tuple(map(as_indices, labels)),
+                tuple(assign_metrics),
+                tuple(label_weights),
+                (),
+                boxes,
+                (),
+                tuple(bbox_targets),
+                (),
+                (),
+                number=1.0,
+                decode="",
+                decode_constants=(),
+                by_iou=False,
+                background=-1.0,
+                added=(0.0, 0.0),
+                **terms,
+            )
+        )
+        return {"loss_cls": losses[: len(scores)], "loss_bbox": losses[len(scores) :]}
+
+    def _terms(self) -> dict[str, Any] | None:
+        """What `dense` computes if it knows the modules."""
+        classes = term_of(self.loss_cls, "quality_focal")
+        boxes = term_of(self.loss_bbox, *BOX_TERMS)
+        if classes is None or boxes is None:
+            return None
         return {
-            "loss_cls": self._loss_cls(
-                scores, targets, all_levels(label_weights, dtype), sizes, cls_norm.clamp(min=1)
-            ),
-            "loss_bbox": boxes_by_level(
-                self.loss_bbox,
-                torch.cat([as_rows(level, 4) for level in bbox_pred], 1),
-                all_levels(bbox_targets, dtype),
-                sizes,
-                positive=is_object,
-                weight=box_weights,
-                norm=box_norm.clamp(min=1),
-            ),
+            "classes": classes[0],
+            "class_constants": classes[1],
+            "boxes": boxes[0],
+            "box_constants": boxes[1],
+            "factors": (classes[2] / ONE, boxes[2] / ONE),
         }
+
+    def _by_module(
+        self,
+        scores: Sequence[Tensor],
+        boxes: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        metrics: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        dtype: torch.dtype,
+    ) -> dict[str, list[Tensor]]:
+        """All levels by the modules, which are called with OTX's arguments."""
+        positive = [is_object(level, self.num_classes) for level in labels]
+        of_boxes = [m.to(dtype).masked_fill(~p, 0) for m, p in zip(metrics, positive, strict=True)]
+        cls_norm, box_norm = rank_means(joined(metrics, dtype).sum(), joined(of_boxes, dtype).sum())
+        targets_of_classes = [
+            (x, at_least_float32(y)) for x, y in zip(labels, metrics, strict=True)
+        ]
+        classes = [
+            class_loss(self.loss_cls, *level, avg_factor=1.0)
+            for level in zip(scores, targets_of_classes, weights, strict=True)
+        ]
+        return {
+            "loss_cls": [loss / cls_norm.clamp(min=1) for loss in classes],
+            "loss_bbox": [
+                of_positives(self.loss_bbox, *level, avg_factor=1.0) / box_norm.clamp(min=1)
+                for level in zip(boxes, targets, positive, of_boxes, strict=True)
+            ],
+        }
+
+    def _check_values(
+        self,
+        cls_score: Any,
+        bbox_pred: Any,
+        labels: Sequence[Tensor],
+        label_weights: Any,
+        bbox_targets: Any,
+        assign_metrics: Sequence[Tensor],
+    ) -> None:
+        """Raise ValueError for values that no assigner makes."""
+        positive = [is_object(level, self.num_classes) for level in labels]
+        weights = [m * p for m, p in zip(assign_metrics, positive, strict=True)]
+        check(
+            self,
+            cls_score=FINITE(cls_score),
+            bbox_pred=FINITE(bbox_pred),
+            labels=a_class_or_background(self.num_classes, ignores_labels(self.loss_cls))(
+                labels, label_weights
+            ),
+            label_weights=NOT_NEGATIVE(label_weights),
+            assign_metrics=FRACTION(assign_metrics),
+            bbox_targets=XYXY(bbox_targets, weights),
+        )
+        check(self, assign_metrics=NOTHING(assign_metrics, [~p for p in positive]))
 
     def extra_repr(self) -> str:
         return described(self, loss_cls=is_ours(self.loss_cls), loss_bbox=is_ours(self.loss_bbox))
@@ -171,21 +239,3 @@ class RTMDetCriterion(nn.Module):
             raise ValueError(f"{place}: stride must be a pair (x, y), got {stride!r}")
         if stride[0] != stride[1]:
             raise ValueError(f"{place}: stride must be the same in x and y, got {tuple(stride)}")
-
-    def _loss_cls(
-        self,
-        scores: Sequence[Tensor],
-        targets: Sequence[tuple[Tensor, Tensor]],
-        weight: Tensor,
-        sizes: Sequence[int],
-        norm: Tensor,
-    ) -> list[Tensor]:
-        ours = is_ours(self.loss_cls)
-        # Weights are normalised, not losses: gradients are then right as they are found. A
-        # module of another library need not be linear in them.
-        weights = (weight / norm if ours else weight).split(sizes, 1)
-        losses = [
-            class_loss(self.loss_cls, *level, avg_factor=1.0)
-            for level in zip(scores, targets, weights, strict=True)
-        ]
-        return losses if ours else [loss / norm for loss in losses]

@@ -1,13 +1,13 @@
-"""What the criteria of the DETR family share: stacked layers, matches as maps, losses per layer.
+"""What the criteria of the DETR family share: layers by shape, matches as maps, losses by name.
 
-Layers of a kind (last, auxiliary, encoder; denoising) nearly always have one shape, so they are
-stacked and each loss runs once: launches do not grow with the decoder. A match is a map from
-queries to targets, -1 where there is none: predictions are never gathered, gradients never
-scattered.
+Layers of a kind (last, auxiliary, encoder; denoising) nearly always have one shape, so the losses
+of all are one call: launches do not grow with the decoder. A match is a map from queries to
+targets, -1 where there is none.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,11 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from detloss_triton.boxes import cxcywh_to_xyxy
+from detloss_triton.engine import FusedOp
 from detloss_triton.matchers import HungarianMatcher
-from detloss_triton.ops.classification import varifocal
-from detloss_triton.ops.regression import GIOU_EPS, giou_loss, iou_loss, l1
-from detloss_triton.precision import arithmetic_dtype
+from detloss_triton.ops.queries import queries
+from detloss_triton.precision import arithmetic_dtype, as_values
 from detloss_triton.reduction import rank_means, unbound
 from detloss_triton.settings import described
 from detloss_triton.shapes import check_counts, check_mapping, check_numbers, check_shapes
@@ -41,15 +40,17 @@ from detloss_triton.validate import (
 from detloss_triton.warn import warn_once
 
 from .arguments import constants, precision_of
-from .denoising import denoising_map, prepare_positives
+from .denoising import Positives, positives_of, prepared
 from .levels import has_hooks
-from .matches import Matched, map_of_indices, matched_targets
+from .matches import map_of_indices
 
 Output = Mapping[str, Any]
 # Per image, as a list of dictionaries or packed.
 AnyTargets = Targets | Sequence[Mapping[str, Tensor]]
 # (suffix of its losses, output) of each layer.
 NamedLayers = Sequence[tuple[str, Output]]
+# (1 or L, B, Q) target of each query, -1 for none, and the targets.
+Matches = tuple[Tensor, Targets]
 
 MATCHING_COSTS = {"cost_class": 2.0, "cost_bbox": 5.0, "cost_giou": 2.0}
 
@@ -59,24 +60,22 @@ class Layers:
     """Outputs of L layers of one kind over B images and Q queries.
 
     Shapes:
-        logits: (L, B, Q, C). boxes: (L, B, Q, 4) normalised cxcywh. suffixes: of the losses' names.
+        logits: L of (B, Q, C). boxes: L of (B, Q, 4) normalised cxcywh. suffixes: of the losses'
+        names.
     """
 
-    logits: Tensor
-    boxes: Tensor
+    logits: tuple[Tensor, ...]
+    boxes: tuple[Tensor, ...]
     suffixes: tuple[str, ...]
     outputs: tuple[Output, ...]
 
-    def stacked(self, key: str, layers: Sequence[int]) -> Tensor:
-        """One entry of some layers as (len(layers), ...); an entry they share is not copied."""
-        tensors = [self.outputs[i][key] for i in layers]
-        if all(t is tensors[0] for t in tensors):
-            return tensors[0].expand(len(tensors), *tensors[0].shape)
-        return torch.stack(tensors)
+    @property
+    def n_queries(self) -> int:
+        return self.logits[0].shape[1]
 
 
-def stack_layers(named: NamedLayers) -> list[Layers]:
-    """Stack the outputs of layers, given with the suffixes of their losses, by their shapes."""
+def layers_by_shape(named: NamedLayers) -> list[Layers]:
+    """The outputs of layers, given with the suffixes of their losses, by their shapes."""
     groups: list[list[tuple[str, Output]]] = []
     for layer in named:
         shape = layer[1]["pred_logits"].shape
@@ -88,42 +87,13 @@ def stack_layers(named: NamedLayers) -> list[Layers]:
             groups.append([layer])
     return [
         Layers(
-            torch.stack([output["pred_logits"] for _, output in group]),
-            torch.stack([output["pred_boxes"] for _, output in group]),
+            tuple(as_values(output["pred_logits"]) for _, output in group),
+            tuple(as_values(output["pred_boxes"]) for _, output in group),
             tuple(suffix for suffix, _ in group),
             tuple(output for _, output in group),
         )
         for group in groups
     ]
-
-
-def iou_of(boxes: Tensor, found: Matched) -> Tensor:
-    """(L, B, Q): IoU of each query's box with its target, 0 without one; no gradient."""
-    with torch.no_grad():
-        pairs = cxcywh_to_xyxy(boxes.detach()), cxcywh_to_xyxy(found.boxes).expand_as(boxes)
-        missed = iou_loss(*pairs, mode="linear", eps=0.0, keep=3)
-        return (1 - missed).masked_fill(~found.matched, 0)
-
-
-def classification_losses(
-    logits: Tensor, iou: Tensor, found: Matched, alpha: float, gamma: float
-) -> Tensor:
-    """(L,): varifocal losses, summed."""
-    labels = found.labels.expand(logits.shape[:-1])
-    return varifocal(logits, labels, iou, None, keep=1, alpha=alpha, gamma=gamma)
-
-
-def box_losses(boxes: Tensor, found: Matched) -> tuple[Tensor, Tensor]:
-    """(L,), (L,): L1 and GIoU losses of the matched queries, summed."""
-    weight = found.matched.to(torch.float32).expand(boxes.shape[:-1])
-    target = found.boxes.expand(boxes.shape)
-    # A query without a target is blanked: whatever its box holds, its gradient is 0.
-    boxes = boxes.masked_fill(~found.matched.unsqueeze(-1), 0)
-    distance = l1(boxes, target, weight=weight, keep=1)
-    overlap = giou_loss(
-        cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target), weight=weight, keep=1, eps=GIOU_EPS
-    )
-    return distance, overlap
 
 
 def as_norm(given: float | Tensor, boxes: Tensor) -> Tensor:
@@ -138,19 +108,27 @@ def count_boxes(targets: Targets, given: float | Tensor | None, boxes: Tensor) -
     """The normaliser: the number of boxes, averaged over ranks, at least 1; or the one given."""
     if given is not None:
         return as_norm(given, boxes)
-    (mean,) = rank_means(targets.counts.sum().to(arithmetic_dtype(boxes)))
+    (mean,) = rank_means(targets.counts.sum(dtype=arithmetic_dtype(boxes)))
     return mean.clamp(min=1).to(boxes.device)
 
 
 def named_losses(
-    values: Mapping[str, Tensor], weights: Mapping[str, float], suffixes: Sequence[str]
+    op: FusedOp,
+    *inputs: tuple[Tensor, ...],
+    weights: Mapping[str, float | Tensor],
+    suffixes: Sequence[str],
+    **params: Any,
 ) -> dict[str, Tensor]:
-    """Cut (L,) losses into weighted scalars by name and suffix; one without a weight is dropped."""
+    """The weighted losses of an op over layers, as scalars by name and suffix.
+
+    The weights name them; one that is a tensor is multiplied with behind the op.
+    """
+    factors = tuple(1.0 if isinstance(w, Tensor) else float(w) for w in weights.values())
+    found = unbound(op(*inputs, losses=" ".join(weights), factors=factors, **params))
     losses = {}
-    for name, value in values.items():
-        if name in weights:
-            for suffix, loss in zip(suffixes, unbound(value * weights[name]), strict=True):
-                losses[name + suffix] = loss
+    for loss, (name, suffix) in zip(found, itertools.product(weights, suffixes), strict=True):
+        weight = weights[name]
+        losses[name + suffix] = loss * weight.view(()) if isinstance(weight, Tensor) else loss
     return losses
 
 
@@ -168,7 +146,7 @@ class Step:
     denoising: list[Layers]
     targets: Targets
     images: AnyTargets
-    dn_meta: dict[str, Any] | None
+    positives: Positives | None
     norm: Tensor
 
 
@@ -220,7 +198,7 @@ class SetCriterion(nn.Module):
         packed = pack(targets, name)
         if dn_meta is None:
             return packed, None
-        return packed, prepare_positives(dn_meta, packed, targets, name)
+        return packed, prepared(dn_meta, positives_of(dn_meta, packed, targets, name))
 
     def _step(self, outputs: Output, targets: AnyTargets, num_boxes: Any) -> Step:
         """Check and pack the arguments of `forward`."""
@@ -233,19 +211,22 @@ class SetCriterion(nn.Module):
         if denoising and outputs.get("dn_meta") is None:
             raise ValueError(f"{name}: outputs has denoising layers and so must have 'dn_meta'")
         targets = constants(targets, self._precision([*main, *denoising]))
-        packed, dn_meta = pack(targets, name, boxes if isinstance(boxes, Tensor) else None), None
+        packed = pack(targets, name, boxes if isinstance(boxes, Tensor) else None)
         self._check_shapes(main, denoising)
         check_images(name, packed, outputs["pred_logits"].shape[0])
+        positives = None
         if denoising:
-            dn_meta = prepare_positives(outputs["dn_meta"], packed, targets, name)
+            positives = positives_of(outputs["dn_meta"], packed, targets, name)
         if num_boxes is not None:
             self._check_num_boxes(num_boxes)
         self._check_weights()
         self._warn_of_unread(outputs)
         if enabled():
-            self._check_values(main, denoising, packed, dn_meta, num_boxes)
+            self._check_values(main, denoising, packed, positives, num_boxes)
         norm = count_boxes(packed, num_boxes, outputs["pred_boxes"])
-        return Step(stack_layers(main), stack_layers(denoising), packed, targets, dn_meta, norm)
+        return Step(
+            layers_by_shape(main), layers_by_shape(denoising), packed, targets, positives, norm
+        )
 
     def _precision(self, layers: NamedLayers) -> torch.dtype:
         """What is computed in, as predictions are; where "triton" was asked for not float64."""
@@ -274,15 +255,19 @@ class SetCriterion(nn.Module):
             check_mapping(name, **{f"outputs{suffix}": layer})
         return named
 
-    def _own_matches(self, layers: Layers, step: Step) -> tuple[Tensor, Targets]:
+    def _own_matches(self, layers: Layers, step: Step) -> Matches:
         """(L, B, Q) target of each query of some layers, and the targets they are matched with."""
         targets, images = step.targets, step.images
-        if layers.logits.shape[-1] < self.num_classes:
+        if layers.logits[0].shape[-1] < self.num_classes:
             # The encoder's one class is that of every object.
             targets = Targets(targets.labels.clamp(max=0), targets.boxes, targets.counts)
             images = targets
         if self._matches_at_once():
-            return self.matcher.match(layers.logits, layers.boxes, targets), targets
+            logits, boxes = (
+                [output[key].detach() for output in layers.outputs]
+                for key in ("pred_logits", "pred_boxes")
+            )
+            return self.matcher.match_layers(logits, boxes, targets), targets
         if isinstance(images, Targets):
             images = unpack(images)
         found = []
@@ -292,18 +277,53 @@ class SetCriterion(nn.Module):
             kind, which = type(self.matcher).__name__, suffix.strip("_") or "last"
             place = f"{type(self).__name__}, matcher {kind}, layer {which}"
             pairs = self.matcher(layer, images)
-            n_queries = layers.logits.shape[2]
-            found.append(map_of_indices(pairs, n_queries, targets, counts_of(images), place))
+            counts = counts_of(images)
+            found.append(map_of_indices(pairs, layers.n_queries, targets, counts, place))
         return torch.cat(found), targets
 
-    def _given_matches(self, layers: Layers, step: Step) -> Matched:
-        """The targets of denoising queries."""
-        assert step.dn_meta is not None
-        return matched_targets(denoising_map(step.dn_meta, layers.logits.shape[2]), step.targets)
+    def _given_matches(self, layers: Layers, step: Step) -> Matches:
+        """(1, B, Q) target of each denoising query, and the targets."""
+        assert step.positives is not None
+        return step.positives.map(layers.n_queries), step.targets
+
+    def _query_losses(
+        self,
+        layers: Layers,
+        found: Matches,
+        norm: Tensor,
+        weights: Mapping[str, float | Tensor],
+        union: Tensor | None = None,
+        added: float = 0.0,
+    ) -> dict[str, Tensor]:
+        """Those of the losses of classes and boxes that have weights; for `union` and `added` see
+        `ops.queries`."""
+        if not weights:
+            return {}
+        matches, targets = found
+        logits, boxes = layers.logits, layers.boxes
+        if "loss_vfl" not in weights:
+            logits = tuple(x.detach() for x in logits)
+        if set(weights) == {"loss_vfl"}:
+            boxes = tuple(x.detach() for x in boxes)
+        return named_losses(
+            queries,
+            logits,
+            boxes,
+            (matches,),
+            () if union is None else (union,),
+            (targets.labels,),
+            (targets.boxes,),
+            (norm,),
+            weights=weights,
+            suffixes=layers.suffixes,
+            alpha=float(self.alpha),
+            gamma=float(self.gamma),
+            added=added,
+        )
 
     def _denoising_norm(self, step: Step) -> Tensor:
-        assert step.dn_meta is not None
-        return step.norm * max(step.dn_meta["dn_num_group"], 1)
+        assert step.positives is not None
+        return step.norm * max(step.positives.groups, 1)
 
     def _matches_at_once(self) -> bool:
         """Whether the matcher's `match` is all there is to it: no call of its own, and no hooks."""
@@ -373,7 +393,7 @@ class SetCriterion(nn.Module):
         layers: NamedLayers,
         denoising: NamedLayers,
         targets: Targets,
-        dn_meta: Mapping[str, Any] | None,
+        positives: Positives | None,
         num_boxes: float | Tensor | None,
     ) -> None:
         """Raise ValueError for values that no layer, target or count may hold; reads the device."""
@@ -398,10 +418,10 @@ class SetCriterion(nn.Module):
                 moved = key == "pred_boxes" and output.get("pred_corners") is not None
                 rule = DECODED if moved else NORMALISED
                 check(self, **{key: rule({place: output[key]})})
-        if dn_meta is not None:
+        if positives is not None:
             n_queries = denoising[0][1]["pred_logits"].shape[1]
             rule = a_query_per_box(n_queries, targets.counts)
-            check(self, dn_positive_idx=rule(dn_meta["dn_positive_idx"]))
+            check(self, dn_positive_idx=rule(positives.padded()))
         if num_boxes is not None:
             check(self, num_boxes=POSITIVE(num_boxes))
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detloss_triton.ops.distribution import two_bin
-from detloss_triton.ops.regression import smooth_l1
-from detloss_triton.ops.selection import hardest
-from detloss_triton.reduction import EPS32, as_divisor, unbound
+from detloss_triton.ops.dense import is_object
+from detloss_triton.ops.mined import mined
+from detloss_triton.precision import as_indices
+from detloss_triton.reduction import as_divisor, unbound
 from detloss_triton.settings import described
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
@@ -26,7 +26,7 @@ from detloss_triton.validate import (
 )
 
 from .arguments import constants, precision_of
-from .levels import is_our_coder, is_positive, refuse_overrides
+from .levels import divisor_of, is_our_coder, refuse_overrides
 
 # A tensor of all images, or one tensor of each.
 Images = Tensor | Sequence[Tensor]
@@ -116,7 +116,6 @@ class SSDCriterion(nn.Module):
         )
         place = f"{type(self).__name__}: avg_factor"
         norm = as_divisor(place, avg_factor, dtype, scores.device)
-        positive = is_positive(label, self.num_classes)
         if enabled():
             check(
                 self,
@@ -129,22 +128,30 @@ class SSDCriterion(nn.Module):
                 bbox_targets=FINITE(targets, box_weights),
                 avg_factor=NOT_NEGATIVE(norm),
             )
+            positive = is_object(label, self.num_classes)
             check(self, bbox_weights=NOTHING(box_weights, ~positive))
-        norm = norm.masked_fill(norm == 0, 1) if isinstance(norm, Tensor) else norm or 1.0
-        each = two_bin(scores, label, None, None, weight=weights, keep=2)
-        loss_cls = self._mined(each, label, positive) / norm
-        boxes = self._decoded(anchors, codes) if self.reg_decoded_bbox else codes
-        loss_bbox = smooth_l1(
-            boxes.unsqueeze(-1),
-            targets.unsqueeze(-1),
-            weight=box_weights,
-            keep=1,
+        decode = self._term()
+        if self.reg_decoded_bbox and decode is None:
+            codes = self._decoded(anchors, codes)
+        name, decode_constants = decode or ("", ())
+        by, number = divisor_of(norm, scores.device)
+        losses = mined(
+            (scores,),
+            (as_indices(label),),
+            (weights,),
+            (codes,),
+            (anchors,) if decode else (),
+            (targets,),
+            (box_weights,),
+            by,
+            number=number,
+            ratio=self.neg_pos_ratio,
             beta=self.smoothl1_beta,
-        ) / (norm + EPS32)
-        return {
-            "loss_cls": unbound(loss_cls),
-            "loss_bbox": unbound(loss_bbox),
-        }
+            decode=name,
+            decode_constants=decode_constants,
+        )
+        each, n = unbound(losses.unsqueeze(1)), len(scores)
+        return {"loss_cls": each[:n], "loss_bbox": [loss.squeeze(0) for loss in each[n:]]}
 
     def extra_repr(self) -> str:
         if self.bbox_coder is None:
@@ -166,6 +173,13 @@ class SSDCriterion(nn.Module):
         check_shapes(place, **out)
         return [value for value, _ in out.values()]
 
+    def _term(self) -> tuple[str, tuple[float, ...]] | None:
+        """How boxes are decoded if `mined` does it."""
+        if not (self.reg_decoded_bbox and is_our_coder(self.bbox_coder)):
+            return None
+        term: tuple[str, tuple[float, ...]] = self.bbox_coder.term()  # type: ignore[union-attr]
+        return term if term[0] == "deltas" else None
+
     def _decoded(self, anchors: Tensor, codes: Tensor) -> Tensor:
         """(N, A, 4) boxes; another library's coder is called image by image, as from OTX."""
         decode: Any = self.bbox_coder.decode  # type: ignore[union-attr]
@@ -173,11 +187,3 @@ class SSDCriterion(nn.Module):
             boxes: Tensor = decode(anchors, codes)
             return boxes
         return torch.stack([decode(*image) for image in zip(anchors, codes, strict=True)])
-
-    def _mined(self, each: Tensor, labels: Tensor, positive: Tensor) -> Tensor:
-        """(N, 1): the losses (N, A) of all positives and of the hardest negatives of each image."""
-        negative = labels == self.num_classes
-        n_taken = positive.sum(1, keepdim=True) * self.neg_pos_ratio
-        hardness = each.detach().masked_fill(~negative, -1.0)
-        kept = hardest(hardness, n_taken) & negative
-        return each.masked_fill(~(positive | kept), 0).sum(1, keepdim=True)

@@ -8,13 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detloss_triton.boxes import ltrb
 from detloss_triton.losses import BCELoss, BoxLoss, DFLoss
-from detloss_triton.matchers import BoxMatcher, Candidates, real_boxes
-from detloss_triton.ops.classification import binary_cross_entropy
-from detloss_triton.ops.coding import distance_decode
-from detloss_triton.ops.distribution import two_bin, two_bins
-from detloss_triton.ops.regression import YOLOV9_EPS, ciou_loss
+from detloss_triton.matchers import BoxMatcher
+from detloss_triton.ops.aligned import aligned
+from detloss_triton.reduction import unbound
 from detloss_triton.settings import described
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import FINITE, a_box_with_class, check, enabled, in_pixels
@@ -124,15 +121,12 @@ class YOLOv9Criterion(nn.Module):
                 aux_preds=FINITE(_by_part(aux_preds or ())),
             )
             check(self, targets=in_pixels(self.num_classes)(targets))
-        rates = [1.0, self.aux_rate][: len(heads)]
-        terms = self._fused(heads, targets) if self._is_ours() else self._as_otx(heads, targets)
-        cls, dfl, iou = (_weighted(term, rates) for term in terms)
-        losses = {
-            "loss_cls": self.cls_rate * cls,
-            "loss_df": self.dfl_rate * dfl,
-            "loss_iou": self.iou_rate * iou,
-        }
-        return {**losses, "total_loss": torch.stack(list(losses.values())).mean()}
+        by_head = self._fused(heads, targets) if self._is_ours() else self._as_otx(heads, targets)
+        main, *aux = by_head.unbind(1)
+        total = torch.add(main, aux[0], alpha=self.aux_rate) if aux else by_head.flatten()
+        mean = total.mean()
+        cls, dfl, iou = unbound(total)
+        return {"loss_cls": cls, "loss_df": dfl, "loss_iou": iou, "total_loss": mean}
 
     def extra_repr(self) -> str:
         slots = ("vec2box", "matcher", "loss_cls", "loss_dfl", "loss_iou")
@@ -143,7 +137,7 @@ class YOLOv9Criterion(nn.Module):
         losses = (self.loss_cls, BCELoss), (self.loss_dfl, DFLoss), (self.loss_iou, BoxLoss)
         return (
             _is_plain(self, YOLOv9Criterion, "separate_anchor")
-            and _is_plain(self.matcher, BoxMatcher, "__call__", "match", "over_anchors")
+            and _is_plain(self.matcher, BoxMatcher, "__call__", "align", "match", "over_anchors")
             and (
                 _is_plain(self.vec2box, Vec2Box, "__call__", "decode") or not callable(self.vec2box)
             )
@@ -232,51 +226,32 @@ class YOLOv9Criterion(nn.Module):
                     f"{size}: {why_no_fit(self.vec2box, sizes, self._map_sizes)}"
                 )
 
-    def _fused(
-        self, heads: Sequence[Sequence[Level]], targets: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Classification, distribution and box losses, (heads,) each. Heads are matched at once."""
-        n_heads = len(heads)
-        labels = targets[..., 0].long()
-        with torch.no_grad():
-            grid, scaler = self.vec2box.anchor_grid, self.vec2box.scaler
-            boxes = torch.cat([decoded(head, grid, scaler) for head in heads])
-            gt_boxes = real_boxes(targets, self.num_classes).to(boxes.dtype).repeat(n_heads, 1, 1)
-            logits = torch.cat([_logits_of(labels, head) for head in heads])
-            found = self.matcher.match(boxes, logits, gt_boxes)
-            norm = _by_head(found.score, heads).sum((1, 2))
-            norm = norm.masked_fill(~(norm > 0), 1)
-        pairs = _Pairs(self.vec2box, found, gt_boxes)
-        cls = self._loss_cls(heads, labels.repeat(n_heads, 1), found) / norm
-        dfl = pairs.distribution_loss(heads, self.loss_dfl.reg_max) / norm
-        return cls, dfl, pairs.box_loss(heads) / norm
+    def _rates(self) -> tuple[float, float, float]:
+        return self.cls_rate, self.dfl_rate, self.iou_rate
 
-    def _loss_cls(
-        self, heads: Sequence[Sequence[Level]], labels: Tensor, found: Candidates
-    ) -> Tensor:
-        with torch.no_grad():
-            label = self.matcher.over_anchors(found, labels.gather(1, found.target), -1)
-            score = self.matcher.over_anchors(found, found.score, 0)
-            sizes = [c.shape[-2:].numel() for c, _, _ in heads[0]]
-            labels_by_level = _by_head(label, heads).split(sizes, 2)
-            scores_by_level = _by_head(score, heads).split(sizes, 2)
-        return torch.stack(
-            [
-                torch.stack(
-                    [
-                        binary_cross_entropy(c.flatten(2).transpose(1, 2), lab[h], sco[h], None)
-                        for (c, _, _), lab, sco in zip(
-                            head, labels_by_level, scores_by_level, strict=True
-                        )
-                    ]
-                ).sum()
-                for h, head in enumerate(heads)
-            ]
+    def _fused(self, heads: Sequence[Sequence[Level]], targets: Tensor) -> Tensor:
+        """Classification, distribution and box losses, (3, heads). Heads are matched at once."""
+        levels = [level for head in heads for level in head]
+        logits, distributions, distances = (
+            tuple(part.flatten(-2) for part in parts) for parts in zip(*levels, strict=True)
         )
+        anchors = self.vec2box.anchor_grid, self.vec2box.scaler
+        target, score = self.matcher.align(logits, distances, anchors, targets, len(heads))
+        losses = aligned(
+            tuple(level.transpose(1, 2) for level in logits),
+            tuple(level.permute(0, 3, 2, 1) for level in distributions),
+            tuple(level.transpose(1, 2) for level in distances),
+            (target,),
+            (score,),
+            anchors,
+            (targets,),
+            factors=self._rates(),
+            topk=self.matcher.topk,
+            heads=len(heads),
+        )
+        return losses.view(3, len(heads))
 
-    def _as_otx(
-        self, heads: Sequence[Sequence[Level]], targets: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _as_otx(self, heads: Sequence[Sequence[Level]], targets: Tensor) -> Tensor:
         """All parts called with OTX's arguments, in its order; the host reads box_norm's length."""
         terms = []
         for head in heads:
@@ -301,9 +276,9 @@ class YOLOv9Criterion(nn.Module):
             cls = self.loss_cls(classes, target_cls, cls_norm)
             iou = self.loss_iou(boxes, *pairs)
             dfl = self.loss_dfl(distributions, *pairs)
-            terms.append(torch.stack([cls, dfl, iou]))
-        cls, dfl, iou = torch.stack(terms, 1).unbind()
-        return cls, dfl, iou
+            losses = zip((cls, dfl, iou), self._rates(), strict=True)
+            terms.append(torch.stack([loss * rate for loss, rate in losses]))
+        return torch.stack(terms, 1)
 
     def _flattened(self, head: Sequence[Level]) -> tuple[Tensor, Tensor, Tensor]:
         if callable(self.vec2box):
@@ -325,85 +300,6 @@ def _is_plain(x: Any, kind: type, *methods: str) -> bool:
     return all(of_class) and not any(name in x.__dict__ for name in methods)
 
 
-def _by_head(x: Tensor, heads: Sequence[Sequence[Level]]) -> Tensor:
-    """(heads * B, ...) as (heads, B, ...), also where B is 0."""
-    return x.unflatten(0, (len(heads), len(x) // len(heads)))
-
-
 def _by_part(head: Sequence[Level]) -> list[dict[str, Tensor]]:
     """The levels of a head, their parts under names that an error can use."""
     return [dict(zip(("classes", "distributions", "distances"), x, strict=True)) for x in head]
-
-
-def _weighted(per_head: Tensor, rates: Sequence[float]) -> Tensor:
-    main, *aux = per_head.unbind()
-    return main + aux[0] * rates[1] if aux else main
-
-
-def _logits_of(labels: Tensor, head: Sequence[Level]) -> Tensor:
-    """(B, T, A): the logits of each target's class, read in place."""
-    n_images, n_classes = head[0][0].shape[:2]
-    index = labels.clamp(0, n_classes - 1)
-    image = torch.arange(n_images, device=labels.device).unsqueeze(1)
-    return torch.cat([c.detach().flatten(2)[image, index] for c, _, _ in head], -1)
-
-
-def _at_anchors(levels: Sequence[Tensor], index: Tensor) -> Tensor:
-    """Features of some anchors of an image, without joining its levels.
-
-    Shapes:
-        levels: (B, *features, n_l) each, anchors last; index: (B, M) into the joined anchors.
-        returns: (B, M, *features).
-    """
-    out: Tensor | None = None
-    start = 0
-    for level in levels:
-        n = level.shape[-1]
-        local = index - start
-        outside = (local < 0) | (local >= n)
-        shape = (len(index), *(1,) * (level.dim() - 2), index.shape[1])
-        where = local.masked_fill(outside, 0).view(shape)
-        picked = level.gather(-1, where.expand(*level.shape[:-1], -1))
-        out = picked if out is None else torch.where(outside.view(shape), out, picked)
-        start += n
-    assert out is not None
-    return out.movedim(-1, 1)
-
-
-class _Pairs:
-    """The matched slots of all heads, in strides of their anchors: what box losses compare."""
-
-    def __init__(self, vec2box: Vec2Box, found: Candidates, gt_boxes: Tensor) -> None:
-        self.anchor, self.score = found.anchor, found.score
-        # The quotient of two integers would be in torch's default dtype.
-        stride = vec2box.scaler[found.anchor].unsqueeze(-1).to(gt_boxes.dtype)
-        self.centre = vec2box.anchor_grid[found.anchor] / stride
-        index = found.target.unsqueeze(-1).expand(-1, -1, 4)
-        self.boxes = gt_boxes.gather(1, index) / stride
-
-    def _of(self, heads: Sequence[Sequence[Level]], part: int) -> Tensor:
-        return torch.cat(
-            [
-                _at_anchors([level[part].flatten(-2) for level in head], index)
-                for head, index in zip(heads, _by_head(self.anchor, heads), strict=True)
-            ]
-        )
-
-    def box_loss(self, heads: Sequence[Sequence[Level]]) -> Tensor:
-        boxes = distance_decode(self._of(heads, 2), self.centre)
-        return ciou_loss(
-            _by_head(boxes, heads),
-            _by_head(self.boxes, heads),
-            weight=_by_head(self.score, heads),
-            keep=1,
-            eps=YOLOV9_EPS,
-            alpha_grad=True,
-        )
-
-    def distribution_loss(self, heads: Sequence[Sequence[Level]], reg_max: int) -> Tensor:
-        logits = self._of(heads, 1).transpose(-1, -2)
-        left, right_weight = two_bins(ltrb(self.centre, self.boxes), reg_max)
-        score = (self.score / 4).unsqueeze(-1).expand(left.shape)
-        rows = (logits, left, 1 - right_weight, right_weight, score)
-        *inputs, weight = (_by_head(x, heads) for x in rows)
-        return two_bin(*inputs, weight=weight, keep=1)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from detloss_triton.losses import CrossEntropyLoss, IoULoss, L1Loss
+from detloss_triton.ops.positives import positives
 from detloss_triton.ops.selection import first_set
 from detloss_triton.precision import at_least_float32
-from detloss_triton.reduction import as_divisor
+from detloss_triton.reduction import as_divisor, unbound
 from detloss_triton.settings import described
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
@@ -25,7 +26,7 @@ from detloss_triton.validate import (
 )
 
 from .arguments import constants, precision_of
-from .levels import is_ours
+from .levels import BOX_TERMS, divisor_of, is_ours, term_of
 
 
 class YOLOXCriterion(nn.Module):
@@ -135,6 +136,25 @@ class YOLOXCriterion(nn.Module):
                 num_total_samples=POSITIVE(num_total_samples),
             )
         check_count(type(self).__name__, "pos_masks", pos_masks, "bbox_targets", n_positive)
+        terms = self._terms()
+        if terms is not None:
+            by, number = divisor_of(norm, flatten_objectness.device)
+            losses = positives(
+                (flatten_objectness,),
+                (flatten_cls_preds,),
+                (flatten_bboxes,),
+                (flatten_bbox_preds,) if self.use_l1 else (),
+                (obj_targets,),
+                (cls_targets,),
+                (bbox_targets,),
+                (l1_targets,) if self.use_l1 else (),
+                (pos_masks,),
+                by,
+                number=number,
+                **terms,
+            )
+            names = ("loss_cls", "loss_bbox", "loss_obj", "loss_l1")
+            return dict(zip(names, unbound(losses), strict=False))
         index = first_set(pos_masks, n=n_positive)
         found = index < n_rows
         index = index.masked_fill(~found, 0)
@@ -150,6 +170,22 @@ class YOLOXCriterion(nn.Module):
             raw = _rows(flatten_bbox_preds, index)
             loss["loss_l1"] = _of_found(self.loss_l1, raw, l1_targets, found)
         return {name: value / norm for name, value in loss.items()}
+
+    def _terms(self) -> dict[str, Any] | None:
+        """What `positives` computes if it knows the modules."""
+        entropy = "binary_cross_entropy"
+        classes = term_of(self.loss_cls, entropy, reduction="sum")
+        boxes = term_of(self.loss_bbox, *BOX_TERMS, reduction="sum")
+        objects = term_of(self.loss_obj, entropy, reduction="sum")
+        raw = term_of(self.loss_l1, "l1", reduction="sum") if self.use_l1 else None
+        if classes is None or boxes is None or objects is None or (self.use_l1 and raw is None):
+            return None
+        used = (classes, boxes, objects) if raw is None else (classes, boxes, objects, raw)
+        return {
+            "box": boxes[0],
+            "box_constants": boxes[1],
+            "factors": tuple(factor for _, _, factor in used),
+        }
 
     def extra_repr(self) -> str:
         slots = ("loss_cls", "loss_bbox", "loss_obj", "loss_l1")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from detloss_triton import DFINECriterion
-from detloss_triton.criteria.dfine import bin_positions
+from detloss_triton.ops.queries import bin_positions
 
 from .queries import CHANNELS, LAYERS, Outputs, QueryDetector, Start, classifier
 from .transformer import logit, perceptron, zero_start

@@ -15,26 +15,53 @@ dimensions; or (`row_map`) to a few values each, which are returned. The registr
 """
 
 from .cpu import slices
-from .dispatch import DirectOp, RowOp, direct, row_loss, row_map
-from .formula import REGISTRY, TOLERANCE, Call, Formula, Input, Sample
+from .dispatch import DirectOp, FusedOp, RowOp, direct, fused_op, row_loss, row_map
+from .formula import (
+    REGISTRY,
+    TOLERANCE,
+    Call,
+    Formula,
+    FusedCall,
+    Given,
+    Input,
+    Sample,
+    mapped,
+    tensors_of,
+)
+from .fused import DIVISOR, NOTHING, OWN_SUM, SUM, Gradients, Plan, Sum, Tensors, new_gradients
 from .gpu import TILE, Tile, power_of_2
 from .modes import host_sees
 
 __all__ = [
+    "DIVISOR",
+    "NOTHING",
+    "OWN_SUM",
     "REGISTRY",
+    "SUM",
     "TILE",
     "TOLERANCE",
     "Call",
     "DirectOp",
     "Formula",
+    "FusedCall",
+    "FusedOp",
+    "Given",
+    "Gradients",
     "Input",
+    "Plan",
     "RowOp",
     "Sample",
+    "Sum",
+    "Tensors",
     "Tile",
     "direct",
+    "fused_op",
     "host_sees",
+    "mapped",
+    "new_gradients",
     "power_of_2",
     "row_loss",
     "row_map",
     "slices",
+    "tensors_of",
 ]

@@ -17,8 +17,21 @@ from torch import Tensor
 from detloss_triton import backend
 from detloss_triton.precision import as_indices, as_values
 
-from . import cpu, gpu, graph, modes, traced
-from .formula import TEMPORARIES, Call, Formula, Input, RowFormula, Sample, is_differentiated
+from . import cpu, fused, gpu, graph, modes, traced
+from .formula import (
+    TEMPORARIES,
+    Call,
+    Formula,
+    FusedCall,
+    FusedFormula,
+    Given,
+    Input,
+    RowFormula,
+    Sample,
+    is_differentiated,
+    mapped,
+    tensors_of,
+)
 
 _TRANSFORMED = "torch.func transforms this call, and no transform looks into a kernel"
 
@@ -77,22 +90,24 @@ class RowOp(RowFormula):
 
 class _Evaluated(torch.autograd.Function):
     """Saves the inputs, and the gradients where forward found them: the first backward takes those,
-    and a second one finds them anew. One that is to be differentiated, or is over a batch of
-    upstream gradients, is autograd's.
+    and a second one finds them anew. What a fused op found is one tensor, and kept. A backward that
+    is to be differentiated, or is over a batch of upstream gradients, is autograd's.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, evaluator: Any, weight: Tensor | None, *inputs: Tensor | None
+        ctx: Any, call: Any, evaluator: Any, weight: Tensor | None, *inputs: Tensor | None
     ) -> Tensor:
         ctx.call, ctx.evaluator = call, evaluator
-        ctx.save_for_backward(weight, *inputs)
-        out, ctx.found = evaluator.forward(call, weight, inputs, ctx.needs_input_grad[3:])
+        out, found = evaluator.forward(call, weight, inputs, ctx.needs_input_grad[3:])
+        is_kept = isinstance(found, Tensor)
+        ctx.found = None if is_kept else found
+        ctx.save_for_backward(found if is_kept else None, weight, *inputs)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *inputs = ctx.saved_tensors
+        kept, weight, *inputs = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
         again = torch.is_grad_enabled() and not modes.is_compiling()
         if again or modes.is_transformed(dout):
@@ -101,7 +116,7 @@ class _Evaluated(torch.autograd.Function):
                 out = ctx.call.whole(weight, *inputs)
             gradients = iter(torch.autograd.grad(out, leaves, dout, create_graph=again))
             return None, None, None, *(next(gradients) if want else None for want in wanted)
-        found, ctx.found = ctx.found, None
+        found, ctx.found = ctx.found if kept is None else kept, None
         gradients = ctx.evaluator.backward(ctx.call, weight, tuple(inputs), dout, wanted, found)
         return None, None, None, *gradients
 
@@ -109,8 +124,8 @@ class _Evaluated(torch.autograd.Function):
 class DirectOp(Formula):
     """An op with a shape of its own and no gradient: matching. Its launcher does the launching.
 
-    Reference and launcher take the same tensors and parameters, first the one whose device decides,
-    and return the same tensors.
+    Reference and launcher take the same tensors, or tuples of them, and parameters, first the one
+    whose device decides, and return the same tensors.
     """
 
     def __init__(
@@ -125,18 +140,63 @@ class DirectOp(Formula):
     def triton(self, launcher: Callable[..., Any]) -> Callable[..., Any]:
         return super().triton(graph.as_operator(self, launcher))
 
-    def __call__(self, *tensors: Tensor, **params: Any) -> Any:
+    def __call__(self, *inputs: Given, **params: Any) -> Any:
+        tensors = list(tensors_of(inputs))
         run = self.operator or self._on_torch
         if self.launcher and _chosen(self, tensors[0], tensors) == "triton":
             run = self.launcher
-        names = self.parameters[len(tensors) :]
+        names = self.parameters[len(inputs) :]
         with torch.no_grad():
-            return run(*(t.detach() for t in tensors), *(params[name] for name in names))
+            return run(*mapped(Tensor.detach, inputs), *(params[name] for name in names))
 
-    def _on_torch(self, first: Tensor, *others: Any) -> Any:
+    def _on_torch(self, *arguments: Any) -> Any:
+        first = next(tensors_of(arguments))
         if self.cpu_form is not None and modes.host_sees(first.device):
-            return self.cpu_form(first, *others)
-        return self.reference(first, *others)
+            return self.cpu_form(*arguments)
+        return self.reference(*arguments)
+
+
+class FusedOp(FusedFormula):
+    """Losses (n,) of many tensors at once. Each input is a tuple of tensors, perhaps none."""
+
+    def triton(self, launcher: Callable[..., Any]) -> Callable[..., Any]:
+        super().triton(launcher)
+        if self.in_graphs:
+            graph.declare_fused(self)
+        return launcher
+
+    def __call__(self, *inputs: tuple[Tensor, ...], **params: Any) -> Tensor:
+        first = next(x for given in inputs for x in given)
+        inputs = tuple(
+            tuple(as_values(_placed(x, first.device)) for x in given) for given in inputs
+        )
+        tensors = tuple(x for given in inputs for x in given)
+        traced = modes.is_compiling() and not self.in_graphs
+        if traced or _chosen(self, tensors[0], tensors) == "torch":
+            out: Tensor = self.reference(*inputs, **params)
+            return out
+        call = FusedCall(self, params, tuple(map(len, inputs)))
+        if modes.is_compiling():
+            tensors = _apart(tensors)
+        evaluator: Any = graph.of_fused if modes.is_compiling() else fused
+        if not is_differentiated(tensors):
+            out, _ = evaluator.forward(call, None, tensors, [False] * len(tensors))
+            return out
+        return _Evaluated.apply(call, evaluator, None, *tensors)
+
+
+def _placed(x: Tensor, device: torch.device) -> Tensor:
+    """What holds nothing may be anywhere."""
+    is_nothing = x.numel() == 0 and x.device != device
+    return x.new_empty(x.shape, device=device) if is_nothing else x
+
+
+def _apart(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """No tensor twice, but a view of it: Dynamo refuses to hand one to a Function twice."""
+    out: list[Tensor] = []
+    for x in tensors:
+        out.append(x.view(x.shape) if any(x is y for y in out) else x)
+    return tuple(out)
 
 
 def _chosen(op: Formula, first: Tensor, inputs: Sequence[Tensor | None]) -> str:
@@ -189,6 +249,22 @@ def row_map(
     With `skip`, the values of a row of weight 0 are 0, whatever it holds.
     """
     return lambda reference: RowOp(reference, inputs, samples, skip=skip, values=values)
+
+
+def fused_op(
+    *,
+    levels: tuple[str, ...],
+    gradients: tuple[str, ...],
+    samples: Callable[..., Iterator[Sample]],
+    in_graphs: bool = True,
+) -> Callable[[Callable[..., Tensor]], FusedOp]:
+    """Declare the decorated torch reference, made of small ops, as one that has its own kernels.
+
+    Its inputs, tuples of tensors, come first. A kernel takes `levels` of them level by level; the
+    `gradients` of some are defined. Unless it is to be called `in_graphs`, a compiler fuses the
+    reference.
+    """
+    return lambda reference: FusedOp(reference, samples, levels, gradients, in_graphs)
 
 
 def direct(

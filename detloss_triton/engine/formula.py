@@ -6,6 +6,7 @@ Nothing here knows where an op runs: `dispatch` chooses, and the modules beside 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,24 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, tor
 TEMPORARIES = 16
 
 Inputs = tuple[Tensor | None, ...]
+# What a sample has in the place of an input: also several tensors, as of feature levels.
+Given = Tensor | tuple["Given", ...] | None
+
+
+def mapped(change: Callable[[Tensor], Any], given: Given) -> Any:
+    """The same tensors, or tuples of them, changed."""
+    if isinstance(given, tuple):
+        return tuple(mapped(change, x) for x in given)
+    return None if given is None else change(given)
+
+
+def tensors_of(given: Given) -> Iterator[Tensor]:
+    # An operator of a graph is handed a list where a tuple was.
+    if isinstance(given, (tuple, list)):
+        for x in given:
+            yield from tensors_of(x)
+    elif given is not None:
+        yield given
 
 
 def is_differentiated(inputs: Inputs) -> bool:
@@ -49,9 +68,13 @@ class Input:
 class Sample:
     """Arguments an op accepts; `weight` and the inputs share their row dimensions."""
 
-    inputs: Inputs
+    inputs: tuple[Given, ...]
     params: dict[str, Any] = field(default_factory=dict)
     weight: Tensor | None = None
+
+    def changed(self, change: Callable[[Tensor], Any]) -> Sample:
+        """The sample with `change(x)` for every tensor that is there."""
+        return Sample(mapped(change, self.inputs), self.params, mapped(change, self.weight))
 
 
 class Formula:
@@ -73,6 +96,25 @@ class Formula:
         if self.name in REGISTRY:
             raise TypeError(f"op {self.name!r} is declared twice")
         REGISTRY[self.name] = self
+
+    @property
+    def differentiable(self) -> tuple[bool, ...]:
+        """Whether a gradient is defined by each input."""
+        return ()
+
+    def with_leaves(self, sample: Sample) -> tuple[Sample, list[Tensor]]:
+        """The sample with leaves of a graph where gradients are defined, and these."""
+        leaves: list[Tensor] = []
+
+        def leaf(x: Tensor) -> Tensor:
+            leaves.append(x.detach().requires_grad_())
+            return leaves[-1]
+
+        flags = itertools.chain(self.differentiable, itertools.repeat(False))
+        inputs = tuple(
+            mapped(leaf, x) if flag else x for x, flag in zip(sample.inputs, flags, strict=False)
+        )
+        return Sample(inputs, sample.params, sample.weight), leaves
 
     def triton(self, launcher: Callable[..., Any]) -> Callable[..., Any]:
         """Register the Triton launcher; it takes exactly the reference's parameters."""
@@ -137,6 +179,10 @@ class RowFormula(Formula):
         self.temporaries = temporaries
         self.background: Callable[..., tuple[Tensor, Tensor]] | None = None
 
+    @property
+    def differentiable(self) -> tuple[bool, ...]:
+        return tuple(spec.grad for spec in self.inputs)
+
     def of_background(
         self, background: Callable[..., tuple[Tensor, Tensor]]
     ) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -194,6 +240,79 @@ class RowFormula(Formula):
         if not 0 <= keep <= len(rows):
             raise ValueError(f"{self.name}: keep must be in [0, {len(rows)}], got {keep}")
         return rows
+
+
+class FusedFormula(Formula):
+    """Losses of many tensors at once, a whole criterion's: a reference made of small ops.
+
+    Args:
+        levels: the inputs, each a tuple of tensors, that a kernel takes level by level (or layer by
+            layer): as many of each, or none.
+        gradients: those of them that have gradients.
+        in_graphs: whether a compiled graph calls the kernels, or fuses the reference.
+    """
+
+    def __init__(
+        self,
+        reference: Callable[..., Tensor],
+        samples: Callable[..., Iterator[Sample]],
+        levels: tuple[str, ...],
+        gradients: tuple[str, ...],
+        in_graphs: bool = True,
+    ) -> None:
+        super().__init__(reference, samples)
+        annotations = inspect.signature(reference).parameters.values()
+        self.inputs = [p.name for p in annotations if p.annotation == "tuple[Tensor, ...]"]
+        self.levels, self.gradients = levels, gradients
+        self.of_levels = [self.inputs.index(name) for name in levels]
+        self.of_gradients = [self.inputs.index(name) for name in gradients]
+        self.in_graphs = in_graphs
+
+    @property
+    def differentiable(self) -> tuple[bool, ...]:
+        return tuple(i in self.of_gradients for i in range(len(self.inputs)))
+
+
+class FusedCall:
+    """One call of a fused op: everything about it but its tensors, which are passed in a row.
+
+    Args:
+        counts: how many tensors each input has.
+    """
+
+    def __init__(self, op: FusedFormula, params: dict[str, Any], counts: tuple[int, ...]) -> None:
+        self.op = op
+        self.params = params
+        ends = tuple(itertools.accumulate(counts))
+        self.of_input = [slice(end - n, end) for end, n in zip(ends, counts, strict=True)]
+        self._passes: Any = None
+
+    def inputs(self, tensors: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """What is given of each tensor, by inputs."""
+        return [tuple(tensors[part]) for part in self.of_input]
+
+    def passes(self, tensors: Sequence[Tensor]) -> Any:
+        """What the op's launcher answers, once for both passes."""
+        if self._passes is None:
+            assert self.op.launcher is not None
+            self._passes = self.op.launcher(*self.inputs(tensors), **self.params)
+        return self._passes
+
+    def whole(self, weight: None, *tensors: Tensor) -> Tensor:
+        """The losses by the reference."""
+        out: Tensor = self.op.reference(*self.inputs(tensors), **self.params)
+        return out
+
+    def levels(
+        self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    ) -> tuple[tuple[Any, ...], ...]:
+        """Of each level the inputs, then the gradients wanted: (tensor, strides...) or None."""
+        columns: list[Sequence[Tensor | None]]
+        columns = [tensors[self.of_input[i]] for i in self.op.of_levels]
+        columns += [gradients[self.of_input[i]] for i in self.op.of_gradients]
+        none: list[Tensor | None] = [None] * max(map(len, columns))
+        strided = [[x if x is None else (x, *x.stride()) for x in c or none] for c in columns]
+        return tuple(zip(*strided, strict=True))
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu, gpu
-from .formula import Call, Formula, Inputs, RowFormula
+from . import cpu, fused, gpu
+from .formula import Call, Formula, FusedCall, FusedFormula, Inputs, RowFormula
 from .operators import opaque
 
 # The types that torch's schema language has for parameters.
@@ -24,6 +24,8 @@ _TYPES = {
     "bool": "bool",
     "str": "str",
     "tuple[float, ...]": "float[]",
+    "tuple[Tensor, ...]": "Tensor[]",
+    "Tensor | None": "Tensor?",
 }
 
 # (forward, backward) of each row op.
@@ -76,10 +78,80 @@ def as_operator(op: Formula, function: Callable[..., Any], suffix: str = "") -> 
     arguments = [
         f"{_TYPES.get(p.annotation, p.annotation)} {p.name}" for p in signature.parameters.values()
     ]
-    n_results = signature.return_annotation.count("Tensor")
+    n_results = str(signature.return_annotation).count("Tensor")
     results = "Tensor" if n_results == 1 else f"({', '.join(['Tensor'] * n_results)})"
     schema = f"({', '.join(arguments)}) -> {results}"
     return opaque(schema, op.reference, name=op.name + suffix)(function)
+
+
+class of_fused:
+    """A fused op as an eager step runs it, by operators."""
+
+    @staticmethod
+    def forward(
+        call: FusedCall, weight: None, tensors: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> tuple[Tensor, Tensor]:
+        run, _ = _operators[call.op.name]
+        return run(*map(list, call.inputs(tensors)), *_values_of_fused(call))
+
+    @staticmethod
+    def backward(
+        call: FusedCall,
+        weight: None,
+        tensors: Sequence[Tensor],
+        dout: Tensor,
+        wanted: Sequence[bool],
+        found: Tensor,
+    ) -> list[Tensor | None]:
+        _, run = _operators[call.op.name]
+        inputs = map(list, call.inputs(tensors))
+        gradients = iter(run(*inputs, *_values_of_fused(call), dout, list(wanted), found))
+        return [next(gradients) if want else None for want in wanted]
+
+
+def declare_fused(op: FusedFormula) -> None:
+    """Declare the operators of a fused op."""
+    n = len(op.inputs)
+    signature = inspect.signature(op.reference).parameters.values()
+    common = ", ".join(f"{_TYPES[p.annotation]} {p.name}" for p in signature)
+
+    def call_of(args: Sequence[Any]) -> tuple[FusedCall, tuple[Tensor, ...]]:
+        constants = (tuple(v) if isinstance(v, list) else v for v in args[n:])
+        named = dict(zip(op.parameters[n:], constants, strict=True))
+        counts = tuple(map(len, args[:n]))
+        return FusedCall(op, named, counts), tuple(x for given in args[:n] for x in given)
+
+    def run(*args: Any) -> tuple[Tensor, Tensor]:
+        call, tensors = call_of(args)
+        return fused.forward(call, None, tensors, ())
+
+    def run_backward(*args: Any) -> list[Tensor]:
+        *args_of_call, dout, wanted, found = args
+        call, tensors = call_of(args_of_call)
+        gradients = fused.backward(call, None, tensors, dout, wanted, found)
+        return [g for g in gradients if g is not None]
+
+    def like(*args: Any) -> tuple[Tensor, Tensor]:
+        call, tensors = call_of(args)
+        passes = call.passes(tensors)
+        sizes = passes.n_losses(), passes.n_found()
+        out, found = (tensors[0].new_empty((n,), dtype=torch.float32) for n in sizes)
+        return out, found
+
+    def gradients_like(*args: Any) -> list[Tensor]:
+        *args_of_call, _, wanted, _ = args
+        _, tensors = call_of(args_of_call)
+        return [torch.empty_like(x) for x, want in zip(tensors, wanted, strict=True) if want]
+
+    backward_schema = f"({common}, Tensor dout, bool[] wanted, Tensor found) -> Tensor[]"
+    _operators[op.name] = (
+        opaque(f"({common}) -> (Tensor, Tensor)", like, name=op.name)(run),
+        opaque(backward_schema, gradients_like, name=f"{op.name}_backward")(run_backward),
+    )
+
+
+def _values_of_fused(call: FusedCall) -> list[Any]:
+    return [call.params[name] for name in call.op.parameters[len(call.op.inputs) :]]
 
 
 def declare(op: RowFormula) -> None:

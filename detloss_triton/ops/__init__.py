@@ -1,13 +1,37 @@
 """The ops, by family: importing this package fills the registry."""
 
-from . import assignment, classification, coding, distribution, matching, regression, selection
+from . import (
+    aligned,
+    alignment,
+    assignment,
+    classification,
+    coding,
+    dense,
+    distribution,
+    matching,
+    mined,
+    packing,
+    positives,
+    queries,
+    regression,
+    selection,
+    total,
+)
 
 __all__ = [
+    "aligned",
+    "alignment",
     "assignment",
     "classification",
     "coding",
+    "dense",
     "distribution",
     "matching",
+    "mined",
+    "packing",
+    "positives",
+    "queries",
     "regression",
     "selection",
+    "total",
 ]

@@ -41,41 +41,57 @@ def _samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
             # Strided, as where a cost is computed query by query and solved box by box.
             cost, whole = cost.transpose(1, 2), whole.flip(0)
         yield Sample((cost, whole[0], whole[1]))
+    # Of every second problem no column.
+    yield Sample((torch.cat([cost, cost]), None, whole[1] * torch.tensor([1, 0])))
 
 
 @direct(samples=_samples)
-def optimal_assignment(cost: Tensor, n_rows: Tensor, n_cols: Tensor) -> Tensor:
-    """`linear_sum_assignment` of a cost (P, R, C) and counts (P,), which are not checked."""
+def optimal_assignment(cost: Tensor, n_rows: Tensor | None, n_cols: Tensor | None) -> Tensor:
+    """`linear_sum_assignment` of a cost (P, R, C) and counts, which are not checked.
+
+    Counts (G,) are of every G problems in turn; without them, a problem is all of its cost.
+    """
     return _solve_on_host(cost, n_rows, n_cols)
 
 
 @torch.library.custom_op(
     "detloss_triton::linear_sum_assignment",
     mutates_args=(),
-    schema="(Tensor cost, Tensor n_rows, Tensor n_cols) -> Tensor",
+    schema="(Tensor cost, Tensor? n_rows, Tensor? n_cols) -> Tensor",
 )
-def _solve_on_host(cost: Tensor, n_rows: Tensor, n_cols: Tensor) -> Tensor:
+def _solve_on_host(cost: Tensor, n_rows: Tensor | None, n_cols: Tensor | None) -> Tensor:
+    column_of_row = np.full(cost.shape[:2], -1, dtype=np.int64)
+    # Solved as it lies in memory: the transpose of a problem has the same solution.
+    turned = cost.stride(1) < cost.stride(2)
+    if turned:
+        cost, n_rows, n_cols = cost.transpose(1, 2), n_cols, n_rows
     # One copy to the host and one back: the counts travel with the costs.
     dtype = torch.float64 if cost.dtype == torch.float64 else torch.float32
     finite = cost.to(dtype).nan_to_num(nan=LIMIT).clamp_(-LIMIT, LIMIT)
-    counts = torch.stack([n_rows, n_cols], 1).to(dtype)
-    packed = torch.cat([finite.flatten(1), counts], 1).cpu().numpy()
     shape = cost.shape[1:]
-    column_of_row = np.full(cost.shape[:2], -1, dtype=np.int64)
+    counts = [
+        cost.new_full((len(cost),), size, dtype=dtype)
+        if n is None
+        else n.to(dtype).expand(len(cost) // max(len(n), 1), len(n)).flatten()
+        for n, size in zip((n_rows, n_cols), shape, strict=True)
+    ]
+    packed = torch.cat([finite.flatten(1), torch.stack(counts, 1)], 1).cpu().numpy()
     n_used = packed[:, -2:].clip(0, shape).astype(np.int64).tolist()
     for problem, out, (r, c) in zip(packed, column_of_row, n_used, strict=True):
         rows, columns = solve(problem[:-2].reshape(shape)[:r, :c])
+        if turned:
+            rows, columns = columns, rows
         out[rows] = columns
     return torch.from_numpy(column_of_row).to(cost.device)
 
 
 @_solve_on_host.register_fake
-def _(cost: Tensor, n_rows: Tensor, n_cols: Tensor) -> Tensor:
+def _(cost: Tensor, n_rows: Tensor | None, n_cols: Tensor | None) -> Tensor:
     return cost.new_empty(cost.shape[:2], dtype=torch.int64)
 
 
 @optimal_assignment.limited
-def _(cost: Tensor, n_rows: Tensor, n_cols: Tensor) -> str:
+def _(cost: Tensor, *counts: Tensor) -> str:
     n_rows_max, n_cols_max = cost.shape[1:]
     if max(n_rows_max, n_cols_max) <= _MAX_LONG and min(n_rows_max, n_cols_max) <= _MAX_SHORT:
         return ""
@@ -86,24 +102,26 @@ def _(cost: Tensor, n_rows: Tensor, n_cols: Tensor) -> str:
 
 
 @optimal_assignment.triton
-def _(cost: Tensor, n_rows: Tensor, n_cols: Tensor) -> Tensor:
+def _(cost: Tensor, n_rows: Tensor | None, n_cols: Tensor | None) -> Tensor:
     n_problems, n_rows_max, n_cols_max = cost.shape
     if cost.numel() == 0:
         return cost.new_full((n_problems, n_rows_max), -1, dtype=torch.int64)
     column_of_row = cost.new_empty((n_problems, n_rows_max), dtype=torch.int64)
     block = max(power_of_2(max(n_rows_max, n_cols_max)), _COLUMNS_PER_WARP)
     s_problem, s_row, s_column = cost.stride()
+    counts = [n for n in (n_rows, n_cols) if n is not None]
     backend.launch(
         kernels.assignment.assignment_kernel,
         (n_problems,),
         cost.device,
         p_cost=cost,
-        p_n_rows=n_rows.contiguous(),
-        p_n_cols=n_cols.contiguous(),
+        p_n_rows=None if n_rows is None else n_rows.contiguous(),
+        p_n_cols=None if n_cols is None else n_cols.contiguous(),
         p_column_of_row=column_of_row,
         s_problem=s_problem,
         s_row=s_row,
         s_column=s_column,
+        n_counts=len(counts[0]) if counts else n_problems,
         n_rows_max=n_rows_max,
         n_cols_max=n_cols_max,
         LIMIT=LIMIT,
@@ -153,10 +171,11 @@ def linear_sum_assignment(
         raise ValueError(f"{place}: cost must be floating point, got {cost.dtype}")
     if cost.dtype == torch.float64:
         backend.refuse_double(f"{place}: cost", cost.device)
-    counts = []
-    for name, count, size in (("n_rows", n_rows, shape[-2]), ("n_cols", n_cols, shape[-1])):
+    counts: list[Tensor | None] = []
+    for name, count in (("n_rows", n_rows), ("n_cols", n_cols)):
         if count is None:
-            count = torch.full(problems, size, dtype=torch.int32, device=cost.device)
+            counts.append(None)
+            continue
         if count.shape != problems:
             raise ValueError(
                 f"{place}: {name} must have shape {tuple(problems)} for a cost of shape {shape}, "

@@ -73,12 +73,7 @@ def _(
     return Tile(
         kernels.boxes.delta_decode_kernel,
         rows=TILE // 8,
-        constants={
-            "MEANS": tuple(map(float, means)),
-            "STDS": tuple(map(float, stds)),
-            "LIMIT": float(limit),
-            "SHIFT": float(max_shift),
-        },
+        constants={"CODE": ("deltas", *map(float, (*means, *stds, limit, max_shift)))},
     )
 
 

@@ -1,203 +1,47 @@
-"""Metrics and costs of pairs of predictions and targets, for matching. No gradients."""
+"""Costs of pairs of predictions and targets, and matches. No gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from detloss_triton import backend
 from detloss_triton.backend import kernels
-from detloss_triton.boxes import Columns, columns, overlap
-from detloss_triton.engine import Sample, direct, slices
+from detloss_triton.boxes import Columns, columns
+from detloss_triton.engine import Sample, direct
 from detloss_triton.precision import arithmetic_dtype
 
-from .regression import GIOU_EPS, YOLOV9_EPS, added_iou, centre_term, ciou, giou
+from .regression import GIOU_EPS, giou
 
 # Added inside the logarithms of the class cost.
 _LOG_EPS = 1e-8
-# Anchors or queries that a program takes.
+# Queries that a program takes.
 _BLOCK = 256
-
-
-def _task_aligned_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
-    def boxes(*shape: int) -> Tensor:
-        low = torch.rand(*shape, 2, generator=generator) * 40
-        return torch.cat([low, low + 4 + torch.rand(*shape, 2, generator=generator) * 30], -1)
-
-    anchors = torch.rand(rows, 2, generator=generator) * 64
-    pred, targets = boxes(2, rows), boxes(2, 3)
-    pred[:, : rows // 4] = targets[:, :1]
-    targets[1, 2] = 0.0
-    logits = torch.randn(2, 3, rows, generator=generator) * 3
-    for iou, iou_power, class_power in (("ciou", 6.0, 0.5), ("diou", 2.0, 1.0), ("iou", 1.0, 0.0)):
-        params = {"iou": iou, "iou_power": iou_power, "class_power": class_power}
-        yield Sample((pred, logits, anchors, targets), params)
-
-
-@direct(samples=_task_aligned_samples)
-def task_aligned(
-    boxes: Tensor,
-    logits: Tensor,
-    anchors: Tensor,
-    targets: Tensor,
-    iou: str,
-    iou_power: float,
-    class_power: float,
-) -> tuple[Tensor, Tensor]:
-    """Task-aligned metric (Feng et al., 2021, https://arxiv.org/abs/2108.07755) of all pairs.
-
-    metric = [anchor strictly inside target] clamp(IoU, 0, 1)^iou_power p^class_power.
-
-    Args:
-        iou: "iou", "diou" or "ciou".
-
-    Shapes:
-        boxes (B, A, 4) xyxy, logits (B, T, A) of each target's class, anchors (A, 2) centres,
-        targets (B, T, 4) xyxy. Returns the metric (B, T, A) and each target's largest clamped IoU
-        over all anchors (B, T), both float32.
-    """
-    dtype = arithmetic_dtype(boxes, logits, targets)
-    if logits.shape[2] == 0:
-        return logits.to(dtype), logits.new_zeros(logits.shape[:2], dtype=dtype)
-    p, t = boxes.to(dtype).unsqueeze(1), targets.to(dtype).unsqueeze(2)
-    metric, score = _aligned(
-        columns(p),
-        columns(t),
-        anchors.to(dtype).unbind(-1),
-        logits.to(dtype),
-        iou,
-        iou_power,
-        class_power,
-    )
-    return metric, score.amax(-1)
-
-
-@task_aligned.on_cpu
-def _(
-    boxes: Tensor,
-    logits: Tensor,
-    anchors: Tensor,
-    targets: Tensor,
-    iou: str,
-    iou_power: float,
-    class_power: float,
-) -> tuple[Tensor, Tensor]:
-    """Evaluates the pairs that overlap: the others, nearly all, have a similarity of 0."""
-    dtype = arithmetic_dtype(boxes, logits, targets)
-    metric = logits.new_zeros(logits.shape, dtype=dtype)
-    best = logits.new_zeros(logits.shape[:2], dtype=dtype)
-    points = anchors.to(dtype).unbind(-1)
-    for image, (p, t) in enumerate(zip(boxes.to(dtype), targets.to(dtype), strict=True)):
-        # Coordinate by coordinate in memory, for each is compared with many.
-        p = p.T.contiguous()
-        for some in slices(len(t), p.shape[1]):
-            # An overlap of NaN is not 0, so it is evaluated and shows.
-            near = overlap(_columns(p), columns(t[some].unsqueeze(1))).bool()
-            target, anchor = near.nonzero(as_tuple=True)
-            metric[image, some][target, anchor], score = _aligned(
-                _columns(p.index_select(1, anchor)),
-                _columns(t[some].T.index_select(1, target)),
-                tuple(x[anchor] for x in points),
-                logits[image, some][target, anchor].to(dtype),
-                iou,
-                iou_power,
-                class_power,
-            )
-            best[image, some].scatter_reduce_(0, target, score, "amax")
-    return metric, best
-
-
-def _aligned(
-    p: Columns,
-    t: Columns,
-    points: Sequence[Tensor],
-    of_label: Tensor,
-    iou: str,
-    iou_power: float,
-    class_power: float,
-) -> tuple[Tensor, Tensor]:
-    """Metric and clamped similarity of pairs, one by one or all against all."""
-    score = _SIMILARITY[iou](p, t).clamp(0, 1)
-    x, y = points
-    inside = (x > t[0]) & (y > t[1]) & (x < t[2]) & (y < t[3])
-    metric = _power(score, iou_power) * of_label.sigmoid().pow(class_power)
-    return metric.masked_fill(~inside, 0), score
-
-
-def _columns(boxes: Tensor) -> Columns:
-    x1, y1, x2, y2 = boxes
-    return x1, y1, x2, y2
-
-
-def _power(x: Tensor, exponent: float) -> Tensor:
-    """x^exponent; even ones by a square, since torch is slow beyond the cube."""
-    return x.square().pow(exponent / 2) if exponent % 2 == 0 else x.pow(exponent)
-
-
-_SIMILARITY = {
-    "iou": lambda p, t: added_iou(p, t, YOLOV9_EPS),
-    "diou": lambda p, t: added_iou(p, t, YOLOV9_EPS) - centre_term(p, t, YOLOV9_EPS),
-    "ciou": lambda p, t: ciou(p, t, YOLOV9_EPS, alpha_grad=False),
-}
-
-
-@task_aligned.triton
-def _(
-    boxes: Tensor,
-    logits: Tensor,
-    anchors: Tensor,
-    targets: Tensor,
-    iou: str,
-    iou_power: float,
-    class_power: float,
-) -> tuple[Tensor, Tensor]:
-    n_images, n_targets, n_anchors = logits.shape
-    metric = logits.new_empty(logits.shape, dtype=torch.float32)
-    if metric.numel() == 0:
-        return metric, logits.new_zeros((n_images, n_targets), dtype=torch.float32)
-    n_blocks = -(-n_anchors // _BLOCK)
-    best = metric.new_empty((n_images, n_targets, n_blocks))
-    backend.launch(
-        kernels.matching.task_aligned_kernel,
-        (n_images * n_targets * n_blocks,),
-        boxes.device,
-        boxes=(boxes, *boxes.stride()),
-        logits=(logits, *logits.stride()[1:]),
-        anchors=(anchors, *anchors.stride()),
-        targets=(targets, *targets.stride()[1:]),
-        p_metric=metric,
-        p_best=best,
-        s_logits=logits.stride(0),
-        s_targets=targets.stride(0),
-        n_targets=n_targets,
-        n_anchors=n_anchors,
-        n_blocks=n_blocks,
-        IOU=iou,
-        IOU_POWER=float(iou_power),
-        CLASS_POWER=float(class_power),
-        EPS=YOLOV9_EPS,
-        BA=_BLOCK,
-    )
-    return metric, best.amax(-1)
+# Pointers, in bytes, and strides that are multiples of this, Triton compiles apart from others.
+_ALIGNED = 16
 
 
 def _cost_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
     def boxes(*shape: int) -> Tensor:
         return 0.1 + 0.8 * torch.rand(*shape, 4, generator=generator)
 
-    logits = torch.randn(4, rows, 5, generator=generator) * 3
+    logits = tuple(torch.randn(2, rows, 5, generator=generator) * 3 for _ in range(2))
     labels = torch.randint(-1, 5, (2, 3), generator=generator)
     params = {"cost_class": 2.0, "cost_bbox": 5.0, "cost_giou": 2.0, "alpha": 0.25}
-    yield Sample((logits, boxes(4, rows), labels, boxes(2, 3)), params | {"gamma": 2.0})
-    yield Sample((logits, boxes(4, rows), labels, boxes(2, 3)), params | {"gamma": 1.5})
+    layers = logits, (boxes(2, rows), boxes(2, rows))
+    yield Sample((*layers, labels, boxes(2, 3)), params | {"gamma": 2.0})
+    # All layers in one tensor, image by image.
+    both = [torch.stack(x, 1).unbind(1) for x in layers]
+    yield Sample((*both, labels, boxes(2, 3)), params | {"gamma": 1.5})
 
 
 @direct(samples=_cost_samples)
 def match_cost(
-    logits: Tensor,
-    boxes: Tensor,
+    logits: tuple[Tensor, ...],
+    boxes: tuple[Tensor, ...],
     labels: Tensor,
     targets: Tensor,
     cost_class: float,
@@ -212,20 +56,19 @@ def match_cost(
     - cost_giou GIoU.
 
     Shapes:
-        logits (P, Q, C), boxes (P, Q, 4) cxcywh: P = layers * B problems, layer by layer.
+        logits (B, Q, C), boxes (B, Q, 4) cxcywh: of each of L layers.
         labels (B, T), targets (B, T, 4) cxcywh; an impossible label costs what a logit of 0 does.
-        Returns (P, T, Q), float32 (float64 for float64 inputs) whatever autocast says.
+        Returns (L * B, T, Q), layer by layer, float32 (float64 for float64 inputs) whatever
+        autocast says.
     """
-    dtype = arithmetic_dtype(logits, boxes, targets)
-    n_problems, n_queries, n_classes = logits.shape
-    n_images = len(labels)
-    layers_images = (n_problems // max(n_images, 1), n_images)
-    logits, boxes = logits.unflatten(0, layers_images), boxes.unflatten(0, layers_images)
+    dtype = arithmetic_dtype(*logits, *boxes, targets)
+    scores, queries = torch.stack(tuple(logits)), torch.stack(tuple(boxes))
+    n_layers, _, n_queries, n_classes = scores.shape
     is_class = (labels >= 0) & (labels < n_classes)
     index = labels.masked_fill(~is_class, 0).long().unsqueeze(1)
-    x = logits.gather(3, index.expand(len(logits), -1, n_queries, -1)).transpose(2, 3).to(dtype)
+    x = scores.gather(3, index.expand(n_layers, -1, n_queries, -1)).transpose(2, 3).to(dtype)
     x = x.masked_fill(~is_class.unsqueeze(-1), 0)
-    p, t = columns(boxes.to(dtype).unsqueeze(2)), columns(targets.to(dtype).unsqueeze(2))
+    p, t = columns(queries.to(dtype).unsqueeze(2)), columns(targets.to(dtype).unsqueeze(2))
     pos, neg = x.sigmoid(), (-x).sigmoid()
     cost = cost_class * (
         (1 - alpha) * pos.pow(gamma) * (neg + _LOG_EPS).log()
@@ -239,8 +82,8 @@ def match_cost(
 
 @match_cost.on_cpu
 def _(
-    logits: Tensor,
-    boxes: Tensor,
+    logits: tuple[Tensor, ...],
+    boxes: tuple[Tensor, ...],
     labels: Tensor,
     targets: Tensor,
     cost_class: float,
@@ -250,14 +93,13 @@ def _(
     gamma: float,
 ) -> Tensor:
     """Layer by layer: what a CPU holds at a time stays in its caches."""
-    n_images = max(len(labels), 1)
+    (n_images, n_queries, _), n_targets = logits[0].shape, labels.shape[1]
     weights = (cost_class, cost_bbox, cost_giou, alpha, gamma)
-    dtype = arithmetic_dtype(logits, boxes, targets)
-    cost = boxes.new_empty((len(logits), labels.shape[1], logits.shape[1]), dtype=dtype)
-    layers = zip(*(x.split(n_images) for x in (cost, logits, boxes)), strict=True)
-    for out, x, box in layers:
-        out.copy_(match_cost.reference(x, box, labels, targets, *weights))
-    return cost
+    dtype = arithmetic_dtype(*logits, *boxes, targets)
+    cost = boxes[0].new_empty((len(logits), n_images, n_targets, n_queries), dtype=dtype)
+    for out, x, box in zip(cost, logits, boxes, strict=True):
+        out.copy_(match_cost.reference((x,), (box,), labels, targets, *weights))
+    return cost.flatten(0, 1)
 
 
 def _corners(c: Sequence[Tensor]) -> Columns:
@@ -267,8 +109,8 @@ def _corners(c: Sequence[Tensor]) -> Columns:
 
 @match_cost.triton
 def _(
-    logits: Tensor,
-    boxes: Tensor,
+    logits: tuple[Tensor, ...],
+    boxes: tuple[Tensor, ...],
     labels: Tensor,
     targets: Tensor,
     cost_class: float,
@@ -277,18 +119,19 @@ def _(
     alpha: float,
     gamma: float,
 ) -> Tensor:
-    n_problems, n_queries, n_classes = logits.shape
-    n_images, n_targets = labels.shape
-    cost = boxes.new_empty((n_problems, n_targets, n_queries), dtype=torch.float32)
+    n_images, n_queries, n_classes = logits[0].shape
+    n_targets = labels.shape[1]
+    shape = (len(logits) * n_images, n_targets, n_queries)
+    cost = boxes[0].new_empty(shape, dtype=torch.float32)
     if cost.numel() == 0:
         return cost
     n_blocks = -(-n_queries // _BLOCK)
     backend.launch(
         kernels.matching.match_cost_kernel,
-        (n_problems * n_targets * n_blocks,),
-        boxes.device,
-        logits=(logits, *logits.stride()),
-        boxes=(boxes, *boxes.stride()),
+        (len(logits) * n_images * n_targets * n_blocks,),
+        labels.device,
+        logits=_layers(logits),
+        boxes=_layers(boxes),
         labels=(labels, *labels.stride()[1:]),
         targets=(targets, *targets.stride()[1:]),
         p_cost=cost,
@@ -307,3 +150,75 @@ def _(
         BQ=_BLOCK,
     )
     return cost
+
+
+def _layers(tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], ...]:
+    """(tensor, strides) of each layer, in one way."""
+    return tuple((x, *x.stride()) for x in of_one_layout(tensors))
+
+
+def of_one_layout(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Layers that one body of code reads, such that steps of one shape compile one kernel.
+
+    Where queries lie behind denoising ones, the number of these, which changes from step to step,
+    says where they begin and how far images are apart. What Triton then compiles anew for is
+    copied: all but multiples of 16.
+    """
+    return tensors if are_of_one_layout(tensors) else torch.stack(tuple(tensors)).unbind()
+
+
+def are_of_one_layout(tensors: Sequence[Tensor]) -> bool:
+    return all(
+        x.dtype == tensors[0].dtype
+        and x.stride(2) == tensors[0].stride(2)
+        and x.data_ptr() % _ALIGNED == 0
+        and (x.is_contiguous() or x.stride(0) % _ALIGNED == 0)
+        for x in tensors
+    )
+
+
+def _union_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
+    for n_layers, n_targets in ((5, 3), (1, 4)):
+        matches = torch.randint(-1, n_targets, (n_layers, 2, rows), generator=generator)
+        matches[:, :, ::4] = -1
+        yield Sample((matches,), {"n_targets": n_targets})
+
+
+@direct(samples=_union_samples)
+def union_of_matches(matches: Tensor, n_targets: int) -> Tensor:
+    """(1, B, Q) one target per query from the matches (L, B, Q) of several layers.
+
+    A query takes the target that most layers gave it, of equals the first; -1 where none did.
+    """
+    _, n_images, n_queries = matches.shape
+    is_none = (matches < 0) | (matches >= n_targets)
+    index = matches.long().masked_fill(is_none, n_targets).permute(1, 2, 0)
+    count = torch.zeros(
+        n_images, n_queries, n_targets + 1, dtype=torch.int32, device=index.device
+    ).scatter_add(2, index, torch.ones_like(index, dtype=torch.int32))[..., :n_targets]
+    # Count first, then the lowest target: both in one number, whose maximum has no ties.
+    first = torch.arange(n_targets - 1, -1, -1, device=index.device, dtype=torch.int32)
+    best = (count * n_targets + first).amax(2)
+    target = n_targets - 1 - best % n_targets
+    return target.masked_fill(best < n_targets, -1).to(torch.int64).unsqueeze(0)
+
+
+@union_of_matches.triton
+def _(matches: Tensor, n_targets: int) -> Tensor:
+    n_layers, n_images, n_queries = matches.shape
+    union = matches.new_empty((1, n_images, n_queries), dtype=torch.int64)
+    n_blocks = -(-n_queries // _BLOCK)
+    if union.numel() > 0:
+        backend.launch(
+            kernels.matching.union_kernel,
+            (n_images * n_blocks,),
+            matches.device,
+            matches=(matches, *matches.stride()),
+            p_union=union,
+            n_layers=n_layers,
+            n_targets=n_targets,
+            n_queries=n_queries,
+            n_blocks=n_blocks,
+            BQ=_BLOCK,
+        )
+    return union

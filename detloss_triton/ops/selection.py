@@ -19,9 +19,10 @@ from detloss_triton.engine import Sample, direct, power_of_2
 _BLOCK = 4096
 
 
-def _block(n_columns: int) -> dict[str, int]:
-    block = min(power_of_2(n_columns), _BLOCK)
-    return {"BC": block, "num_warps": max(block // 256, 1)}
+def block(n_columns: int) -> dict[str, int]:
+    """Columns and warps of a program that runs through so many."""
+    columns = min(power_of_2(n_columns), _BLOCK)
+    return {"BC": columns, "num_warps": max(columns // 256, 1)}
 
 
 def _mask_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
@@ -57,7 +58,7 @@ def _(mask: Tensor, n: int) -> Tensor:
             p_found=found,
             n_columns=len(mask),
             n=n,
-            **_block(max(len(mask), n)),
+            **block(max(len(mask), n)),
         )
     return found
 
@@ -106,6 +107,6 @@ def _(hardness: Tensor, k: Tensor) -> Tensor:
             p_k=k.contiguous(),
             p_taken=taken,
             n_columns=taken.shape[1],
-            **_block(taken.shape[1]),
+            **block(taken.shape[1]),
         )
     return taken

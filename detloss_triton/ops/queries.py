@@ -1,0 +1,545 @@
+"""All terms of queries over layers: classes and boxes, and D-FINE's distributions of box sides.
+
+Which target a query has, a map says: (1 or L, B, Q), -1 for none. Predictions are never gathered,
+gradients never scattered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detloss_triton import backend
+from detloss_triton.backend import kernels
+from detloss_triton.boxes import cxcywh_to_xyxy, ltrb
+from detloss_triton.engine import (
+    DIVISOR,
+    NOTHING,
+    OWN_SUM,
+    TILE,
+    Plan,
+    Sample,
+    direct,
+    fused_op,
+    power_of_2,
+)
+from detloss_triton.engine.formula import FusedCall
+from detloss_triton.precision import arithmetic_dtype, at_least_float32
+
+from .classification import varifocal
+from .distribution import MAX_BINS, distillation, rows_and_warps, two_bin
+from .matching import are_of_one_layout, of_one_layout
+from .regression import GIOU_EPS, UNION_EPS, giou_loss, iou_loss, l1
+
+# The distillation's means weigh as the square roots of their sizes, counted per batch of 8.
+_REFERENCE_BATCH = 8
+# Added to a reference box's size, in reg_scales.
+_SIZE_EPS = 1e-16
+# Queries that a program counts at a time.
+_COUNTED = 4096
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Each query's target, read off a map.
+
+    Shapes:
+        matched: (L, B, Q) bool. labels: (L, B, Q), -1 for none. boxes: (L, B, Q, 4) normalised
+        cxcywh, 0 for none.
+    """
+
+    matched: Tensor
+    labels: Tensor
+    boxes: Tensor
+
+
+def matched_targets(matches: Tensor, labels: Tensor, targets: Tensor) -> Matched:
+    """Look the targets of a map (L, B, Q) up; one that does not exist is none."""
+    matched = _is_match(matches, labels.shape[1])
+    n_layers = len(matches)
+    index = matches.masked_fill(~matched, 0).long()
+    found = labels.expand(n_layers, -1, -1).gather(2, index)
+    boxes = targets.expand(n_layers, -1, -1, -1)
+    boxes = boxes.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, 4))
+    return Matched(
+        matched, found.masked_fill(~matched, -1), boxes.masked_fill(~matched.unsqueeze(-1), 0)
+    )
+
+
+def _is_match(matches: Tensor, n_targets: int) -> Tensor:
+    return (matches >= 0) & (matches < n_targets)
+
+
+def iou_of(boxes: Tensor, found: Matched) -> Tensor:
+    """(L, B, Q): IoU of each query's box with its target, 0 without one; no gradient."""
+    with torch.no_grad():
+        pairs = cxcywh_to_xyxy(boxes.detach()), cxcywh_to_xyxy(found.boxes).expand_as(boxes)
+        missed = iou_loss(*pairs, mode="linear", eps=0.0, keep=3)
+        return (1 - missed).masked_fill(~found.matched, 0)
+
+
+@dataclass(frozen=True)
+class _Layered(Plan):
+    """Of layers that one body of code takes: copied where they are not of one layout."""
+
+    def _launch(
+        self,
+        call: FusedCall,
+        tensors: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        **pointers: Tensor,
+    ) -> None:
+        given = [
+            of_one_layout(x) if x and i in call.op.of_levels else x
+            for i, x in enumerate(call.inputs(tensors))
+        ]
+        wanted = call.inputs(gradients)
+        into = [_gradients(*pair) for pair in zip(wanted, given, strict=True)]
+        super()._launch(
+            call, tuple(x for xs in given for x in xs), [x for xs in into for x in xs], **pointers
+        )
+        for asked, found in zip(wanted, into, strict=True):
+            for x, y in zip(asked, found, strict=True):
+                if x is not None and x is not y:
+                    x.copy_(y)
+
+
+def _gradients(wanted: Sequence[Tensor | None], given: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Where a kernel writes the gradients of all layers, or of none."""
+    there = [x for x in wanted if x is not None]
+    if not there or (len(there) == len(wanted) and are_of_one_layout(there)):
+        return wanted
+    return given[0].new_empty((len(given), *given[0].shape)).unbind()
+
+
+def _some_boxes(generator: torch.Generator, *shape: int) -> Tensor:
+    centre = torch.rand(*shape, 2, generator=generator)
+    return torch.cat([centre, 0.05 + torch.rand(*shape, 2, generator=generator) * 0.4], -1)
+
+
+def _some_matches(generator: torch.Generator, n_targets: int, *shape: int) -> Tensor:
+    """Matches, and what is none."""
+    return torch.randint(-2, n_targets + 2, shape, generator=generator)
+
+
+def _queries_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
+    n_images, n_layers, n_targets = 2, 3, 5
+    for n_classes, losses, by_union, gamma in (
+        (7, "loss_giou loss_bbox loss_vfl", False, 2.0),
+        (20, "loss_vfl loss_bbox loss_giou", True, 1.5),
+        (1, "loss_bbox", True, 2.0),
+        (3, "loss_vfl", False, 2.0),
+    ):
+        each = [
+            (
+                torch.randn(n_images, rows, n_classes, generator=generator) * 3,
+                _some_boxes(generator, n_images, rows),
+            )
+            for _ in range(n_layers)
+        ]
+        logits, boxes = zip(*each, strict=True)
+        yield Sample(
+            (
+                logits,
+                boxes,
+                (_some_matches(generator, n_targets, n_layers, n_images, rows),),
+                (_some_matches(generator, n_targets, 1, n_images, rows),) if by_union else (),
+                (torch.randint(-1, n_classes + 1, (n_images, n_targets), generator=generator),),
+                (_some_boxes(generator, n_images, n_targets),),
+                (torch.tensor(6.5),),
+            ),
+            {
+                "alpha": 0.75,
+                "gamma": gamma,
+                "losses": losses,
+                "factors": (1.0, 2.5, 0.5)[: len(losses.split())],
+                "added": 0.25,
+            },
+        )
+
+
+@fused_op(levels=("logits", "boxes"), gradients=("logits", "boxes"), samples=_queries_samples)
+def queries(
+    logits: tuple[Tensor, ...],
+    boxes: tuple[Tensor, ...],
+    matches: tuple[Tensor, ...],
+    union: tuple[Tensor, ...],
+    labels: tuple[Tensor, ...],
+    targets: tuple[Tensor, ...],
+    divisor: tuple[Tensor, ...],
+    alpha: float,
+    gamma: float,
+    losses: str,
+    factors: tuple[float, ...],
+    added: float,
+) -> Tensor:
+    """(losses * L,) of each of the `losses` that of every layer, summed and divided.
+
+    "loss_vfl" is varifocal, with the IoU of a pair as its target; "loss_bbox" is L1 and
+    "loss_giou" GIoU, each of pairs.
+
+    Shapes:
+        logits: L of (B, Q, C). boxes: L of (B, Q, 4) cxcywh. matches: one map. union: one map of
+        the pairs whose boxes are compared, which their number divides; or those of `matches`,
+        divided by the divisor and what is added. labels: one (B, T); one that is no class is
+        background. targets: one (B, T, 4) cxcywh. divisor: one of ().
+    """
+    # Gradients of several terms are added in float32.
+    stacked, names = at_least_float32(torch.stack(tuple(boxes))), losses.split()
+    found = matched_targets(matches[0], labels[0], targets[0])
+    values = {}
+    if "loss_vfl" in names:
+        scores = torch.stack(tuple(logits))
+        score, label = iou_of(stacked, found), found.labels.expand(scores.shape[:-1])
+        vfl = varifocal(scores, label, score, None, keep=1, alpha=alpha, gamma=gamma)
+        values["loss_vfl"] = vfl / divisor[0]
+    norm = divisor[0] + added if added else divisor[0]
+    if union:
+        found = matched_targets(union[0], labels[0], targets[0])
+        norm = found.matched.sum().clamp(min=1)
+    if names != ["loss_vfl"]:
+        distance, overlap = _box_losses(stacked, found)
+        values["loss_bbox"], values["loss_giou"] = distance / norm, overlap / norm
+    return torch.cat([values[x] * factor for x, factor in zip(names, factors, strict=True)])
+
+
+def _box_losses(boxes: Tensor, found: Matched) -> tuple[Tensor, Tensor]:
+    """(L,), (L,): L1 and GIoU losses of the matched queries, summed."""
+    weight = found.matched.to(torch.float32).expand(boxes.shape[:-1])
+    target = found.boxes.expand(boxes.shape)
+    # A query without a target is blanked: whatever its box holds, its gradient is 0.
+    boxes = boxes.masked_fill(~found.matched.unsqueeze(-1), 0)
+    distance = l1(boxes, target, weight=weight, keep=1)
+    overlap = giou_loss(
+        cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target), weight=weight, keep=1, eps=GIOU_EPS
+    )
+    return distance, overlap
+
+
+@queries.triton
+def _(
+    logits: tuple[Tensor, ...],
+    boxes: tuple[Tensor, ...],
+    matches: tuple[Tensor, ...],
+    union: tuple[Tensor, ...],
+    labels: tuple[Tensor, ...],
+    targets: tuple[Tensor, ...],
+    divisor: tuple[Tensor, ...],
+    alpha: float,
+    gamma: float,
+    losses: str,
+    factors: tuple[float, ...],
+    added: float,
+) -> Plan:
+    n_images, n_queries, n_classes = logits[0].shape
+    columns = min(power_of_2(n_classes), 16)
+    rows = TILE // columns
+    names = losses.split()
+    by_count = (OWN_SUM, len(names)) if union else (DIVISOR, float(added))
+    divided = {"loss_vfl": (DIVISOR, 0.0), "loss_bbox": by_count, "loss_giou": by_count}
+    row_of = [names.index(name) if name in names else -1 for name in divided]
+    return _Layered(
+        kernels.queries.queries_kernel,
+        terms=tuple((float(f), *divided[x]) for x, f in zip(names, factors, strict=True)),
+        n_sums=len(names) + bool(union),
+        blocks=(-(-n_queries // rows),),
+        n_repeats=n_images,
+        n_segments=len(logits),
+        divisor=divisor[0],
+        arguments={
+            "matches": _map(matches[0]),
+            "union": _map(union[0]) if union else None,
+            "labels": (labels[0], *labels[0].stride()[1:]),
+            "targets": (targets[0], *targets[0].stride()[1:]),
+            "s_labels": labels[0].stride(0),
+            "s_targets": targets[0].stride(0),
+            "n_queries": n_queries,
+            "n_targets": labels[0].shape[1],
+            "n_classes": n_classes,
+            "CLASSES": ("varifocal", float(alpha), float(gamma)),
+            "TERMS": (*row_of, len(names) if union else -1),
+            "EPS": (UNION_EPS, GIOU_EPS),
+            "BR": rows,
+            "BC": columns,
+        },
+    )
+
+
+def _map(matches: Tensor) -> tuple[Any, ...]:
+    """With the strides of layer, image and query: one map may serve all layers."""
+    layer, image, query = matches.stride()
+    return matches, 0 if len(matches) == 1 else layer, image, query
+
+
+def _shares_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
+    like, params = torch.tensor(1.0), {"n_targets": 4}
+    union = _some_matches(generator, 4, 1, 2, rows)
+    own = _some_matches(generator, 4, 1, 2, 2 * rows)
+    yield Sample((own, union, like), params)
+    yield Sample((union, union, like), params)
+    yield Sample((torch.full_like(own, -1), torch.full_like(union, -1), like), params)
+
+
+@direct(samples=_shares_samples)
+def distillation_shares(own: Tensor, union: Tensor, like: Tensor, n_targets: int) -> Tensor:
+    """(2,) factors of matched and of other sides, so that a sum is the balanced sum of two means.
+
+    The means weigh a and b over a + b, a and b the square roots of the numbers of matched and other
+    sides in the `union`.
+
+    Shapes:
+        own, union: (1, B, Q) maps, the first of the queries that are to be weighed. like: of the
+        type to compute in.
+    """
+    dtype = arithmetic_dtype(like)
+    n_images = union.shape[1]
+    roots = (_sides(union, n_targets, dtype) * (_REFERENCE_BATCH / n_images)).sqrt()
+    return roots / roots.sum().clamp(min=1) / _sides(own, n_targets, dtype).clamp(min=1)
+
+
+def _sides(matches: Tensor, n_targets: int, dtype: torch.dtype) -> Tensor:
+    """(2,) numbers of sides that are matched, and that are not."""
+    n_matched = 4.0 * _is_match(matches, n_targets).sum().to(dtype)
+    return torch.stack([n_matched, 4.0 * matches.numel() - n_matched])
+
+
+@distillation_shares.triton
+def _(own: Tensor, union: Tensor, like: Tensor, n_targets: int) -> Tensor:
+    out = torch.empty(2, dtype=torch.float32, device=own.device)
+    backend.launch(
+        kernels.queries.shares_kernel,
+        (1,),
+        own.device,
+        p_own=own.contiguous(),
+        p_union=union.contiguous(),
+        p_out=out,
+        n_own=own.numel(),
+        n_union=union.numel(),
+        n_targets=n_targets,
+        BLOCK=min(power_of_2(max(own.numel(), union.numel())), _COUNTED),
+    )
+    return out
+
+
+def bin_positions(reg_max: int, up: Tensor, reg_scale: Tensor) -> Tensor:
+    """(reg_max + 1,) W(n), the distances the bins stand for.
+
+    [-2u, 1 - s^(R/2-1), ..., 1 - s, 0, s - 1, ..., s^(R/2-1) - 1, 2u] with u = |up| |reg_scale| and
+    s = (u + 1)^(2 / (R - 2)): fine near 0, coarse far off.
+    """
+    u = (up.detach().abs() * reg_scale.detach().abs()).view(())
+    n = torch.arange(reg_max + 1, device=up.device) - reg_max // 2
+    size = (u + 1).pow(2 / (reg_max - 2)).pow(n.abs()) - 1
+    size = torch.where(n.abs() == reg_max // 2, 2 * u, size)
+    return n.sign() * size
+
+
+def box_bins(
+    points: Tensor, boxes: Tensor, positions: Tensor, reg_scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(left bin, weight of the bin to its right) of each side's target distance.
+
+    d / (size / reg_scale + 1e-16) - reg_scale / 2, size the reference's width or height; beyond the
+    bins, the outermost has all the weight.
+
+    Shapes:
+        points: (L, B, Q, 4) reference boxes cxcywh. boxes: (L or 1, B, Q, 4) targets cxcywh.
+        positions: (R + 1,). Returns two of (L, B, Q, 4), sides l, t, r, b.
+    """
+    dtype = positions.dtype
+    points, boxes = points.to(dtype), boxes.to(dtype)
+    scale = reg_scale.detach().to(dtype).abs().view(())
+    size = points[..., 2:].repeat(1, 1, 1, 2) / scale + _SIZE_EPS
+    corners = cxcywh_to_xyxy(boxes).expand_as(points)
+    distances = ltrb(points[..., :2], corners) / size - scale / 2
+    last = len(positions) - 1
+    bins = torch.searchsorted(positions.to(dtype), distances.contiguous(), right=True) - 1
+    left = bins.clamp(0, last - 1)
+    low, high = positions[left], positions[left + 1]
+    return left, ((distances - low) / (high - low)).clamp(0, 1)
+
+
+def _localisation_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
+    n_images, n_targets, n_classes = 2, 5, 9
+    rows = min(rows, 20)  # of four sides each: several programs
+    for reg_max, losses, n_layers, n_taught, by_union in (
+        (32, "loss_fgl loss_ddf", 3, 2, True),
+        (8, "loss_fgl loss_ddf", 2, 2, False),
+        (16, "loss_fgl", 2, 0, False),
+        (4, "loss_ddf", 1, 1, True),
+    ):
+        shape = (n_images, rows)
+        each = [
+            (
+                torch.randn(*shape, 4 * (reg_max + 1), generator=generator) * 2,
+                torch.randn(*shape, 4 * (reg_max + 1), generator=generator) * 2,
+                torch.randn(*shape, n_classes, generator=generator) - 1,
+                _some_boxes(generator, *shape),
+                _some_boxes(generator, *shape),
+            )
+            for _ in range(n_layers)
+        ]
+        corners, teachers, scores, points, boxes = zip(*each, strict=True)
+        matches = _some_matches(generator, n_targets, 1, *shape)
+        yield Sample(
+            (
+                corners,
+                points,
+                boxes,
+                # One teacher of all layers.
+                (teachers[0],) * n_layers if n_taught else (),
+                (scores[0],) * n_layers if n_taught else (),
+                (matches,),
+                (_some_boxes(generator, n_images, n_targets),),
+                (torch.tensor([0.002, 0.001]),) if n_taught else (),
+                (torch.tensor(0.5), torch.tensor(4.0)),
+                (torch.tensor(6.5),),
+            ),
+            {
+                "n_taught": n_taught,
+                "losses": losses,
+                "factors": (0.15, 1.5)[: len(losses.split())],
+                "by_count": by_union,
+                "temperature": 5.0,
+            },
+        )
+
+
+@fused_op(
+    levels=("corners", "points", "boxes", "teachers", "scores"),
+    gradients=("corners",),
+    samples=_localisation_samples,
+)
+def localisation(
+    corners: tuple[Tensor, ...],
+    points: tuple[Tensor, ...],
+    boxes: tuple[Tensor, ...],
+    teachers: tuple[Tensor, ...],
+    scores: tuple[Tensor, ...],
+    matches: tuple[Tensor, ...],
+    targets: tuple[Tensor, ...],
+    shares: tuple[Tensor, ...],
+    scales: tuple[Tensor, ...],
+    divisor: tuple[Tensor, ...],
+    n_taught: int,
+    losses: str,
+    factors: tuple[float, ...],
+    by_count: bool,
+    temperature: float,
+) -> Tensor:
+    """(losses * L,) of each of the `losses` that of every layer: D-FINE's of distributions.
+
+    "loss_fgl" is the cross-entropy with the two bins around the target of a matched side, weighted
+    with the IoU of the boxes; divided by the divisor, or `by_count` of the matched queries.
+    "loss_ddf" is the divergence from the teacher of the first `n_taught` layers, weighted with that
+    IoU or, of other queries, the teacher's confidence, and the shares; 0 for the other layers.
+
+    Shapes:
+        corners: L of (B, Q, 4 (R + 1)). points: L of (B, Q, 4) reference boxes cxcywh. boxes: L of
+        (B, Q, 4) cxcywh, which have no gradient. teachers: none, or L as the corners, one of which
+        may be several layers'; those of layers without one are not read. scores: the teachers'
+        logits, L of (B, Q, any). matches: one (1, B, Q). targets: one (B, T, 4) cxcywh. shares: of
+        matched and other sides, one of (2,), or none. scales: up and reg_scale, () each. divisor:
+        one of ().
+    """
+    n_sides = (4, corners[0].shape[-1] // 4)
+    scales = tuple(map(at_least_float32, scales))
+    labels = matches[0].new_empty(1, 1).expand(targets[0].shape[:2])
+    found = matched_targets(matches[0], labels, targets[0])
+    iou = iou_of(torch.stack(tuple(boxes)), found)
+    student = at_least_float32(torch.stack(tuple(corners))).unflatten(-1, n_sides)
+    out = []
+    for name, factor in zip(losses.split(), factors, strict=True):
+        if name == "loss_fgl":
+            positions = bin_positions(n_sides[1] - 1, *scales)
+            left, right = box_bins(stacked(points), found.boxes, positions, scales[1])
+            weight = (iou * found.matched).unsqueeze(-1).expand(left.shape)
+            value = two_bin(student, left, 1 - right, right, weight=weight, keep=1)
+            norm = found.matched.sum().clamp(min=1) if by_count else divisor[0]
+            out.append(value / norm * factor)
+        else:
+            taught = student[:n_taught]
+            teacher = stacked(teachers[:n_taught]).unflatten(-1, n_sides)
+            confidence = stacked(scores[:n_taught]).amax(-1).to(iou.dtype).sigmoid()
+            weight = torch.where(found.matched, iou[:n_taught], confidence)
+            of_matched, of_others = shares[0].unbind()
+            weight = weight * torch.where(found.matched, of_matched, of_others)
+            value = distillation(
+                taught,
+                teacher.expand(taught.shape),
+                weight=weight.unsqueeze(-1).expand(taught.shape[:-1]).contiguous(),
+                keep=1,
+                temperature=temperature,
+            )
+            out += [value * factor, value.new_zeros(len(corners) - n_taught)]
+    return torch.cat(out)
+
+
+def stacked(layers: Sequence[Tensor]) -> Tensor:
+    """Layers as one tensor; one that all share is not copied."""
+    if all(x is layers[0] for x in layers):
+        return layers[0].expand(len(layers), *layers[0].shape)
+    return torch.stack(tuple(layers))
+
+
+@localisation.triton
+def _(
+    corners: tuple[Tensor, ...],
+    points: tuple[Tensor, ...],
+    boxes: tuple[Tensor, ...],
+    teachers: tuple[Tensor, ...],
+    scores: tuple[Tensor, ...],
+    matches: tuple[Tensor, ...],
+    targets: tuple[Tensor, ...],
+    shares: tuple[Tensor, ...],
+    scales: tuple[Tensor, ...],
+    divisor: tuple[Tensor, ...],
+    n_taught: int,
+    losses: str,
+    factors: tuple[float, ...],
+    by_count: bool,
+    temperature: float,
+) -> Plan:
+    n_images, n_queries, n_logits = corners[0].shape
+    n_bins = n_logits // 4
+    rows, warps = rows_and_warps(n_bins)
+    names = losses.split()
+    of_count = (OWN_SUM, len(names)) if by_count else (DIVISOR, 0.0)
+    divided = {"loss_fgl": of_count, "loss_ddf": (NOTHING, 0.0)}
+    row_of = [names.index(name) if name in names else -1 for name in divided]
+    return _Layered(
+        kernels.queries.localisation_kernel,
+        terms=tuple((float(f), *divided[x]) for x, f in zip(names, factors, strict=True)),
+        n_sums=len(names) + by_count,
+        blocks=(-(-4 * n_queries // rows),),
+        n_repeats=n_images,
+        n_segments=len(corners),
+        divisor=divisor[0],
+        arguments={
+            "matches": _map(matches[0]),
+            "targets": (targets[0], *targets[0].stride()[1:]),
+            "constants": (*scales, shares[0].contiguous() if shares else None),
+            "s_targets": targets[0].stride(0),
+            "n_queries": n_queries,
+            "n_targets": targets[0].shape[1],
+            "n_bins": n_bins,
+            "n_scores": scores[0].shape[-1] if scores else 0,
+            "n_taught": n_taught,
+            "TERMS": (*row_of, len(names) if by_count else -1),
+            "TEMPERATURE": float(temperature),
+            "EPS": (UNION_EPS, _SIZE_EPS),
+            "BR": rows,
+            "BK": power_of_2(n_bins),
+            "num_warps": warps,
+        },
+    )
+
+
+@localisation.limited
+def _(corners: Tensor, *others: Tensor) -> str:
+    bins = corners.shape[-1] // 4
+    return f"pred_corners may have up to {MAX_BINS} bins, got {bins}" if bins > MAX_BINS else ""

@@ -1,0 +1,220 @@
+"""Fused ops, on both backends, against their references in float64: a new one is tested by being
+declared. What the small ops are tested for, of all tensors of a criterion at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from machine import CPU, INTERPRETED
+from test_ops import assert_no_worse, cast, changed, over, over_dtypes, samples
+from torch import Tensor
+
+from detloss_triton import use_backend
+from detloss_triton.bench.batches import DENSE
+from detloss_triton.engine import REGISTRY, FusedOp, Sample, mapped, tensors_of
+
+FUSED_OPS = [op for op in REGISTRY.values() if isinstance(op, FusedOp)]
+over_fused = over(*FUSED_OPS, name="tested")
+
+
+def upstream_for(out: Tensor) -> Tensor:
+    return torch.linspace(-0.5, 2, out.numel()).view(out.shape).to(out)
+
+
+def gradients_of(out: Tensor, leaves: list[Tensor], **how: Any) -> list[Tensor]:
+    if not out.requires_grad:  # of nothing that asks for a gradient
+        return [torch.zeros_like(x) for x in leaves]
+    found = torch.autograd.grad(out, leaves, upstream_for(out), allow_unused=True, **how)
+    # What no loss is of, or has no elements, may be no part of the reference.
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+
+
+def computed(function: Any, tested: FusedOp, sample: Sample) -> list[Tensor]:
+    """[losses, *gradients] of the op or of its reference."""
+    given, leaves = tested.with_leaves(sample)
+    out = function(*given.inputs, **given.params)
+    return [out.detach(), *gradients_of(out, leaves)]
+
+
+def assert_exact(tested: FusedOp, sample: Sample, as_stored: Sample | None = None) -> None:
+    ours = computed(tested, tested, as_stored or sample)
+    with use_backend("torch"):
+        truth = computed(tested.reference, tested, cast(sample, torch.float64))
+        peer = computed(tested.reference, tested, cast(sample, torch.float32))
+    names = ["out", *(f"gradient {i}" for i in range(len(ours) - 1))]
+    assert_no_worse(names, ours, peer, truth)
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """Rows of features as heads give them, (N, features, rows) in memory."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() == 3 else x
+
+
+def cast_next(dtypes: Iterator[torch.dtype], x: Tensor) -> Tensor:
+    return x.to(next(dtypes)) if x.is_floating_point() else x
+
+
+def spread(x: Tensor) -> Tensor:
+    """Every other entry of larger memory, in each dimension."""
+    wide = x.new_zeros([2 * n for n in x.shape])
+    view = wide[tuple(slice(None, None, 2) for _ in x.shape)]
+    view.copy_(x)
+    return view
+
+
+@over_fused
+@over_dtypes
+@over(0, 1, 40, 300, name="rows")
+def test_parity(
+    tested: FusedOp, dtype: torch.dtype, rows: int, backend: str, device: torch.device
+) -> None:
+    # Other dtypes change how tensors are read, other sizes how sums are cut.
+    chosen = samples(tested, rows, device)[: None if rows == 40 else 1]
+    for sample in chosen if rows == 40 or dtype == torch.float32 else []:
+        assert_exact(tested, cast(sample, dtype))
+
+
+@over_fused
+@over(channels_first, spread, name="layout")
+def test_layouts(tested: FusedOp, layout: Any, backend: str, device: torch.device) -> None:
+    for sample in samples(tested, 20, device):
+        assert_exact(tested, sample, changed(sample, layout))
+
+
+@over_fused
+def test_levels_of_several_dtypes(tested: FusedOp, backend: str, device: torch.device) -> None:
+    for sample in samples(tested, 20, device):
+        dtypes = itertools.cycle([torch.float32, torch.bfloat16, torch.float16])
+        assert_exact(tested, changed(sample, functools.partial(cast_next, dtypes)))
+
+
+@over_fused
+def test_some_gradients_are_wanted(tested: FusedOp, backend: str, device: torch.device) -> None:
+    """Of every set of inputs, and of one tensor alone; all are as if all were wanted."""
+    for sample in samples(tested, 15, device):
+        given, leaves = tested.with_leaves(sample)
+        expected = gradients_of(tested(*given.inputs, **given.params), leaves)
+        inputs = [
+            x for x, flag in zip(given.inputs, tested.differentiable, strict=True) if flag and x
+        ]
+        groups = [list(tensors_of(x)) for x in inputs]
+        chosen = [
+            [x for group, taken in zip(groups, flags, strict=True) if taken for x in group]
+            for flags in itertools.product([False, True], repeat=len(groups))
+            if any(flags)
+        ]
+        for wanted in [*chosen, leaves[:1], leaves[-1:]]:
+            for leaf in leaves:
+                leaf.requires_grad_(any(leaf is x for x in wanted))
+            found = gradients_of(tested(*given.inputs, **given.params), wanted)
+            for leaf, gradient in zip(wanted, found, strict=True):
+                i = next(i for i, x in enumerate(leaves) if x is leaf)
+                assert torch.equal(gradient, expected[i])
+        for leaf in leaves:
+            leaf.requires_grad_(False)
+        assert not tested(*given.inputs, **given.params).requires_grad
+
+
+@over_fused
+def test_backward_runs_twice_the_same(tested: FusedOp, backend: str, device: torch.device) -> None:
+    for sample in samples(tested, 20, device):
+        given, leaves = tested.with_leaves(sample)
+        out = tested(*given.inputs, **given.params)
+        first = gradients_of(out, leaves, retain_graph=True)
+        again = tested(*given.inputs, **given.params)
+        assert torch.equal(out, again)
+        for gradients in (gradients_of(out, leaves), gradients_of(again, leaves)):
+            assert all(map(torch.equal, gradients, first))
+
+
+@over_fused
+def test_a_gradient_can_be_differentiated(
+    tested: FusedOp, backend: str, device: torch.device
+) -> None:
+    for sample in samples(tested, 15, device)[:1]:
+        given, leaves = tested.with_leaves(sample)
+        found = gradients_of(tested(*given.inputs, **given.params), leaves, create_graph=True)
+        expected = gradients_of(
+            tested.reference(*given.inputs, **given.params), leaves, create_graph=True
+        )
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@over_fused
+@pytest.mark.usefixtures("poisoned_memory")
+def test_every_output_is_written(tested: FusedOp, backend: str, device: torch.device) -> None:
+    for rows in (63, 1, 0):
+        for sample in samples(tested, rows, device):
+            assert all(x.isfinite().all() for x in computed(tested, tested, sample))
+
+
+@over_fused
+def test_inputs_are_left_alone(tested: FusedOp, backend: str, device: torch.device) -> None:
+    for sample in samples(tested, 15, device):
+        before = mapped(Tensor.clone, sample.inputs)
+        computed(tested, tested, sample)
+        assert all(map(torch.equal, tensors_of(before), tensors_of(sample.inputs)))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs kernels on a CPU")
+@over(*[op for op in FUSED_OPS if op.in_graphs], name="tested")
+def test_a_graph_calls_the_same_kernels(tested: FusedOp) -> None:
+    for sample in samples(tested, 15, CPU):
+        torch._dynamo.reset()
+        given, leaves = tested.with_leaves(sample)
+
+        def step(inputs: Any, params: Any = sample.params) -> Tensor:
+            return tested(*inputs, **params)
+
+        with use_backend("triton"):
+            expected = step(given.inputs)
+            out = torch.compile(step, fullgraph=True, backend="aot_eager")(given.inputs)
+            assert torch.equal(out, expected)
+            assert all(map(torch.equal, gradients_of(out, leaves), gradients_of(expected, leaves)))
+
+
+def as_a_strangers(module: Any) -> None:
+    """Have a module compute the same, but by a forward that is not known."""
+    kind = type(module)
+    own = {"forward": lambda self, *args, **kwargs: kind.forward(self, *args, **kwargs)}
+    module.__class__ = type("Own", (kind,), own)
+
+
+@pytest.mark.parametrize("name", ["atss", "rtmdet"])
+def test_a_fused_criterion_equals_its_modules(
+    name: str, backend: str, device: torch.device
+) -> None:
+    """Slots with modules that count as strangers' are called one by one."""
+    batch = DENSE[name](positives=0.3).on(device)
+    plain = batch.criterion(device)
+    wrapped = batch.criterion(device)
+    assert plain._terms() is not None
+    for slot in [name for name in wrapped._modules if name.startswith("loss_")]:
+        as_a_strangers(getattr(wrapped, slot))
+    assert wrapped._terms() is None
+    given = tensors_of(tuple(map(_as_tuple, batch.inputs.values())))
+    leaves = [x for x in given if x.requires_grad]
+    results = []
+    for criterion in (plain, wrapped):
+        losses = criterion(**batch.inputs)
+        out = torch.stack([x for each in losses.values() for x in each])
+        results.append([out, *gradients_of(out, leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * b.abs().max().item())
+
+
+def _as_tuple(given: Any) -> Any:
+    if isinstance(given, (list, tuple)):
+        return tuple(map(_as_tuple, given))
+    return given if isinstance(given, Tensor) else None
+
+
+def test_all_fused_ops_are_walked() -> None:
+    assert {"dense", "total"} <= {op.name for op in FUSED_OPS}
