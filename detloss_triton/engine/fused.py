@@ -117,8 +117,12 @@ class Plan:
         into = new_gradients(tensors, wanted)
         if self.n_programs:
             dout = dout.to(torch.float32).contiguous()
-            self._launch(call, tensors, into, p_dout=dout, p_scale=found)
+            self._launch(call, tensors, into, p_dout=dout, **self._known(found))
         return into
+
+    def _known(self, found: Tensor) -> dict[str, Tensor]:
+        """What backward's kernel takes of what forward found."""
+        return {"p_scale": found}
 
     def _launch(
         self, call: FusedCall, tensors: Tensors, gradients: Gradients, **pointers: Tensor

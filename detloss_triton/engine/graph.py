@@ -92,7 +92,7 @@ class of_fused:
         call: FusedCall, weight: None, tensors: Sequence[Tensor], wanted: Sequence[bool]
     ) -> tuple[Tensor, Tensor]:
         run, _ = _operators[call.op.name]
-        return run(*map(list, call.inputs(tensors)), *_values_of_fused(call))
+        return run(*map(list, call.inputs(tensors)), *_values(call))
 
     @staticmethod
     def backward(
@@ -105,7 +105,7 @@ class of_fused:
     ) -> list[Tensor | None]:
         _, run = _operators[call.op.name]
         inputs = map(list, call.inputs(tensors))
-        gradients = iter(run(*inputs, *_values_of_fused(call), dout, list(wanted), found))
+        gradients = iter(run(*inputs, *_values(call), dout, list(wanted), found))
         return [next(gradients) if want else None for want in wanted]
 
 
@@ -148,10 +148,6 @@ def declare_fused(op: FusedFormula) -> None:
         opaque(f"({common}) -> (Tensor, Tensor)", like, name=op.name)(run),
         opaque(backward_schema, gradients_like, name=f"{op.name}_backward")(run_backward),
     )
-
-
-def _values_of_fused(call: FusedCall) -> list[Any]:
-    return [call.params[name] for name in call.op.parameters[len(call.op.inputs) :]]
 
 
 def declare(op: RowFormula) -> None:
@@ -202,7 +198,7 @@ def declare(op: RowFormula) -> None:
     )
 
 
-def _values(call: Call) -> list[Any]:
+def _values(call: Call | FusedCall) -> list[Any]:
     """Parameters in the order of the reference."""
     given = dict(call.params)
     return [given[name] for name in call.op.parameters[len(call.op.inputs) :]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from detloss_triton.engine import (
     Sample,
     Tensors,
     fused_op,
-    new_gradients,
     power_of_2,
 )
 from detloss_triton.precision import arithmetic_dtype
@@ -167,20 +166,8 @@ class _Counting(Plan):
             self._launch(call, tensors, none, p_out=sums, p_counts=counts)
         return self._totals(sums, self.blocks, self.n_repeats, self.terms, found)
 
-    def backward(
-        self,
-        call: FusedCall,
-        tensors: Tensors,
-        dout: Tensor,
-        wanted: Sequence[bool],
-        found: Tensor,
-    ) -> Gradients:
-        into = new_gradients(tensors, wanted)
-        if self.n_programs:
-            dout = dout.to(torch.float32).contiguous()
-            counts = found[self.n_losses() :]
-            self._launch(call, tensors, into, p_dout=dout, p_scale=found, p_counts=counts)
-        return into
+    def _known(self, found: Tensor) -> dict[str, Tensor]:
+        return {"p_scale": found, "p_counts": found[self.n_losses() :]}
 
 
 @positives.triton
