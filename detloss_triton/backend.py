@@ -209,17 +209,18 @@ def record_launches() -> Iterator[list[Launch]]:
 
 def _views(argument: Any) -> Any:
     """Views of the tensors, as autograd copies a gradient that somebody else holds too."""
-    if isinstance(argument, dict):
-        return {name: _views(x) for name, x in argument.items()}
-    if isinstance(argument, tuple):
-        return tuple(map(_views, argument))
-    return argument.detach() if isinstance(argument, torch.Tensor) else argument
+    if isinstance(argument, torch.Tensor):
+        return argument.detach()
+    if isinstance(argument, tuple):  # of which most are strides
+        return tuple(x if type(x) is int else _views(x) for x in argument)
+    return argument
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments: Any) -> None:
     """Run `kernel` over `grid` on the tensors' own device, which need not be the current one."""
     if _launches is not None:
-        _launches.append(Launch(kernel, grid, _views(arguments)))
+        views = {name: _views(x) for name, x in arguments.items()}
+        _launches.append(Launch(kernel, grid, views))
         return
     with _on(device):
         kernel[grid](**arguments)

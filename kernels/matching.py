@@ -20,22 +20,24 @@ def match_cost_kernel(
     logits, boxes, labels, targets, p_cost,
     s_labels, s_targets, n_images, n_targets, n_queries, n_classes, n_blocks,
     WEIGHTS: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr, LOG_EPS: tl.constexpr,
-    GIOU_EPS: tl.constexpr, BQ: tl.constexpr,
+    GIOU_EPS: tl.constexpr, BT: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
-    """One target of an image and layer against BQ queries; boxes cxcywh.
+    """BT targets of an image and layer against BQ queries; boxes cxcywh.
 
     Logits and boxes are tuples of layers, of one type and feature stride. WEIGHTS of the class
     cost, the distance and the GIoU.
     """
     pid = tl.program_id(0).to(tl.int64)
-    pair = pid // n_blocks
-    problem = pair // n_targets
-    t = pair - problem * n_targets
+    tile = pid // n_blocks
+    n_tiles = tl.cdiv(n_targets, BT)
+    problem = tile // n_tiles
+    t = ((tile - problem * n_tiles) * BT + tl.arange(0, BT))[:, None]
+    m_target = t < n_targets
     layer = problem // n_images
     b = problem - layer * n_images
-    query = (pid - pair * n_blocks) * BQ + tl.arange(0, BQ)
+    query = ((pid - tile * n_blocks) * BQ + tl.arange(0, BQ))[None, :]
     m_query = query < n_queries
-    label = tl.load(labels[0] + b * s_labels + t * labels[1]).to(tl.int64)
+    label = tl.load(labels[0] + b * s_labels + t * labels[1], mask=m_target, other=-1).to(tl.int64)
     m_class = (label >= 0) & (label < n_classes)
     p_logits = row_pointers(logits[0], (b, query))
     p_box = row_pointers(boxes[0], (b, query))
@@ -46,13 +48,14 @@ def match_cost_kernel(
     _, p, q = logistic(load(p_logits + label * logits[0][3], m_query & m_class))
     positive = ALPHA * power(q, GAMMA) * -tl.log(p + LOG_EPS)
     negative = (1.0 - ALPHA) * power(p, GAMMA) * -tl.log(q + LOG_EPS)
-    target = load_box((targets[0], s_targets, targets[1], targets[2]), (b, t), None)
+    target = load_box((targets[0], s_targets, targets[1], targets[2]), (b, t), m_target)
     box = load_box((p_box, 0, 0, boxes[0][3]), (0, 0), m_query)
     distance = tl.abs(box[0] - target[0]) + tl.abs(box[1] - target[1])
     distance += tl.abs(box[2] - target[2]) + tl.abs(box[3] - target[3])
     giou_loss, _, _ = giou_loss_and_grad(corners(box), corners(target), GIOU_EPS)
     cost = WEIGHTS[0] * (positive - negative) + WEIGHTS[1] * distance + WEIGHTS[2] * (giou_loss - 1)
-    tl.store(p_cost + pair * n_queries + query, cost, mask=m_query)
+    row = problem * n_targets + t
+    tl.store(p_cost + row * n_queries + query, cost, mask=m_target & m_query)
 
 
 @triton.jit(do_not_specialize=["n_layers", "n_targets", "n_queries", "n_blocks"])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from test_detr import EXTRAS, Inputs, criterion_of
 from torch import Tensor, nn
-from trees import leaves, mapped, mixed
+from trees import leaves, mapped, mixed, shared
 
 from detloss_triton.bench.batches import DENSE as BUILDERS
 
@@ -35,7 +35,7 @@ class Case:
         criterion = copy.deepcopy(self.criterion).to(device)
         if hasattr(criterion, "vec2box"):
             criterion.vec2box.update((64, 64), device)
-        return Case(criterion, mapped(placed, self.inputs))
+        return Case(criterion, mapped(shared(placed), self.inputs))
 
     def leaves(self) -> dict[str, Tensor]:
         """Dotted path -> leaf."""

@@ -626,9 +626,10 @@ def test_detr_computes_the_encoder_as_one_more_layer(backend: str) -> None:
         torch.testing.assert_close(x.grad, gradient, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("queries", [QUERIES - 2, QUERIES, 3 * QUERIES])
-@pytest.mark.parametrize("logits", [1, CLASSES])
-@pytest.mark.parametrize("packed", [False, True], ids=["listed", "packed"])
+@pytest.mark.parametrize(
+    ("queries", "logits", "packed"),
+    [(QUERIES - 2, 1, False), (QUERIES, CLASSES, True), (3 * QUERIES, 1, True)],
+)
 def test_detr_takes_an_encoder_of_any_kind(
     queries: int, logits: int, packed: bool, backend: str
 ) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from detloss_triton.bench.trees import leaves as leaves
 from detloss_triton.bench.trees import mapped as mapped
+from detloss_triton.bench.trees import shared as shared
 
 
 def mixed(losses: Any) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import detloss_triton as dt
 
-from .trees import leaves, mapped
+from .trees import leaves, mapped, shared
 
 STRIDES = (8, 16, 32)
 
@@ -43,7 +43,7 @@ class Batch:
                 return x.to(device, copy=True)
             return x.detach().to(device, dtype, copy=True).requires_grad_()
 
-        return dataclasses.replace(self, inputs=mapped(placed, self.inputs))
+        return dataclasses.replace(self, inputs=mapped(shared(placed), self.inputs))
 
     def criterion(self, device: torch.device, **kwargs: Any) -> nn.Module:
         """The batch's criterion on the device."""
@@ -370,9 +370,10 @@ class Decoder:
         outputs["reg_scale"] = torch.tensor([4.0], device=self.device)
 
         def taught(layers: list[dict[str, Tensor]], teacher: dict[str, Tensor]) -> Any:
+            # One tensor to all, as a decoder's last layer is.
+            corners, logits = teacher["pred_corners"].detach(), teacher["pred_logits"].detach()
             for layer in layers:
-                layer["teacher_corners"] = teacher["pred_corners"].detach()
-                layer["teacher_logits"] = teacher["pred_logits"].detach()
+                layer |= {"teacher_corners": corners, "teacher_logits": logits}
             return layers
 
         if "aux" in extras:

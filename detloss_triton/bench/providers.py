@@ -19,7 +19,7 @@ from detloss_triton.selfcheck import relative_error
 from .batches import Batch, Draw
 from .cases import CriterionCase, OpCase
 from .measure import Step
-from .trees import leaves, mapped
+from .trees import leaves, mapped, shared
 
 Tree = Any
 Run = Callable[[Tree], Any]
@@ -78,7 +78,7 @@ class Task:
         def copy(_: str, x: Tensor) -> Tensor:
             return x.detach().clone().requires_grad_(x.requires_grad)
 
-        return [self.inputs, *(mapped(copy, self.inputs) for _ in range(n - 1))]
+        return [self.inputs, *(mapped(shared(copy), self.inputs) for _ in range(n - 1))]
 
 
 def op_task(

@@ -72,6 +72,9 @@ def table(report: Report) -> str:
         )
     absent = sorted({f"{row['provider']}: {row['absent']}" for row in _absent(report)})
     text = aligned(rows)
+    # Absent in reports from before they were counted.
+    if launches := ", ".join(f"{k} {n}" for k, n in report.get("launches_per_step", {}).items()):
+        text += f"\n\nLaunches of a step on a GPU, {TRITON}, counted without one: {launches}"
     return text + ("\n\nNot timed:\n" + "\n".join(f"  {line}" for line in absent) if absent else "")
 
 

@@ -14,7 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import machine
+from .batches import BUILDERS
 from .cases import CRITERIA, QUICK_BATCH, SWEEPS, CriterionCase, OpCase, op_cases
+from .launches import launches_per_step
 from .measure import Budget, Clock, Step, alternate, clock_of, copy_bandwidth, counted_bytes
 from .peers import peers_of
 from .providers import (
@@ -250,6 +252,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "quick": settings.quick,
         "machine": machine.describe(settings.device, clock),
         "copy_gb_per_s": copy_bandwidth(settings.device, clock),
+        "launches_per_step": launches_per_step(filter(settings.wants, BUILDERS)),
         "rows": [],
     }
     with tqdm(jobs(settings), file=sys.stderr, desc="bench") as progress:

@@ -28,3 +28,15 @@ def mapped(change: Callable[[str, Tensor], Tensor], tree: Any, path: str = "") -
         items = [mapped(change, v, f"{path}.{i}" if path else str(i)) for i, v in enumerate(tree)]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     return tree
+
+
+def shared(change: Callable[[str, Tensor], Tensor]) -> Callable[[str, Tensor], Tensor]:
+    """The same change, once for each tensor: what is one in many places stays one."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def once(path: str, x: Tensor) -> Tensor:
+        if id(x) not in made:
+            made[id(x)] = x, change(path, x)  # holds x, as its id is reused when it is gone
+        return made[id(x)][1]
+
+    return once

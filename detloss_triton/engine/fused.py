@@ -201,8 +201,9 @@ class Sum:
         wanted: Sequence[bool],
         found: Tensor,
     ) -> Gradients:
+        one = dout.view(())
         pairs = zip(tensors, wanted, strict=True)
-        return [dout.to(x.dtype).view(()).expand(x.shape) if w else None for x, w in pairs]
+        return [one.to(x.dtype).expand(x.shape) if w else None for x, w in pairs]
 
 
 def forward(

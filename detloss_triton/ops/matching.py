@@ -18,7 +18,8 @@ from .regression import GIOU_EPS, giou
 
 # Added inside the logarithms of the class cost.
 _LOG_EPS = 1e-8
-# Queries that a program takes.
+# Queries that a program takes, and targets that it compares each of them with.
+_QUERIES, _TARGETS = 128, 4
 _BLOCK = 256
 # Pointers, in bytes, and strides that are multiples of this, Triton compiles apart from others.
 _ALIGNED = 16
@@ -125,10 +126,10 @@ def _(
     cost = boxes[0].new_empty(shape, dtype=torch.float32)
     if cost.numel() == 0:
         return cost
-    n_blocks = -(-n_queries // _BLOCK)
+    n_blocks = -(-n_queries // _QUERIES)
     backend.launch(
         kernels.matching.match_cost_kernel,
-        (len(logits) * n_images * n_targets * n_blocks,),
+        (len(logits) * n_images * -(-n_targets // _TARGETS) * n_blocks,),
         labels.device,
         logits=_layers(logits),
         boxes=_layers(boxes),
@@ -147,7 +148,8 @@ def _(
         GAMMA=float(gamma),
         LOG_EPS=_LOG_EPS,
         GIOU_EPS=GIOU_EPS,
-        BQ=_BLOCK,
+        BT=_TARGETS,
+        BQ=_QUERIES,
     )
     return cost
 
@@ -168,13 +170,13 @@ def of_one_layout(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def are_of_one_layout(tensors: Sequence[Tensor]) -> bool:
-    return all(
-        x.dtype == tensors[0].dtype
-        and x.stride(2) == tensors[0].stride(2)
-        and x.data_ptr() % _ALIGNED == 0
-        and (x.is_contiguous() or x.stride(0) % _ALIGNED == 0)
-        for x in tensors
-    )
+    dtype, stride = tensors[0].dtype, tensors[0].stride(2)
+    for x in tensors:
+        if x.dtype != dtype or x.stride(2) != stride or x.data_ptr() % _ALIGNED:
+            return False
+        if not x.is_contiguous() and x.stride(0) % _ALIGNED:
+            return False
+    return True
 
 
 def _union_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:

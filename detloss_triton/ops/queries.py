@@ -365,7 +365,7 @@ def box_bins(
 
 def _localisation_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
     n_images, n_targets, n_classes = 2, 5, 9
-    rows = min(rows, 20)  # of four sides each: several programs
+    rows = min(rows, 6)  # of four sides each: several programs
     for reg_max, losses, n_layers, n_taught, by_union in (
         (32, "loss_fgl loss_ddf", 3, 2, True),
         (8, "loss_fgl loss_ddf", 2, 2, False),
