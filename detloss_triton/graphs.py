@@ -138,11 +138,11 @@ class _Graphs:
         device, recorder = self._place(arguments)
         if recorder is None:
             return self.run(**arguments)
-        if (repeatable := getattr(self.criterion, "repeatable", None)) is not None:
-            try:
-                arguments = repeatable(arguments)
-            except (AttributeError, KeyError, TypeError, ValueError):
-                return self.run(**arguments)  # which says what is wrong
+        given, repeatable = arguments, getattr(self.criterion, "repeatable", dict)
+        try:
+            arguments = repeatable(given)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return self.run(**given)  # which says what is wrong
         numbers = {name: x for name, x in arguments.items() if _is_number(x)}
         fixed = {name: x for name, x in arguments.items() if name not in numbers}
         tensors: list[Tensor] = []
@@ -172,7 +172,11 @@ class _Graphs:
         self.known.move_to_end(key)
         graph = self._graph(known, step, recorder)
         if graph is None:
-            return self.run(**arguments)
+            try:
+                return self.run(**arguments)
+            except (TypeError, ValueError):
+                pass
+            return self.run(**given)  # whose error speaks of what was given
         if not any(graph.taught):
             with torch.no_grad():
                 losses = graph.forward(step)
