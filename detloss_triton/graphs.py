@@ -212,12 +212,13 @@ class _Graphs:
             known.storages = [StorageWeakRef(x.untyped_storage()) for x in step.tensors]
             self._forget()
             return None
-        shared = _where_they_were(step, known.storages)
         slot = known.turn % self.slots
         known.turn += 1
-        if slot < len(known.graphs):
-            if known.graphs[slot].fits(step):
-                return known.graphs[slot]
+        has_one = slot < len(known.graphs)
+        if has_one and known.graphs[slot].fits(step):
+            return known.graphs[slot]
+        shared = _where_they_were(step, known.storages)
+        if has_one:
             shared &= known.graphs[slot].places.keys()  # what has moved once will move again
             known.graphs.clear()
         try:

@@ -24,7 +24,7 @@ class Recorder(Protocol):
     """Runs functions in a way that lets them be repeated without their Python code."""
 
     def rehearse(self, function: Callable[[], Any]) -> None:
-        """Run a function, so that nothing is left to be compiled; raise if it waits for a device.
+        """Run a function until nothing is left to be compiled; raise if it waits for a device.
 
         A recording that fails may leave the device's generator of random numbers unusable.
         """
@@ -62,8 +62,10 @@ class _GraphRecorder:
         with self.module.device(self.device):
             current = self.module.current_stream()
             self.stream.wait_stream(current)
-            with self.module.stream(self.stream), self._refusing_waits():
-                function()
+            with self.module.stream(self.stream):
+                function()  # which compiles, and may wait for it
+                with self._refusing_waits():
+                    function()
             current.wait_stream(self.stream)
 
     def record(self, function: Callable[[], _Result]) -> tuple[_Result, Callable[[], None]]:
