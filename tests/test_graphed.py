@@ -7,6 +7,8 @@ recorded with.
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import inspect
 import io
 import json
@@ -14,8 +16,10 @@ import pickle
 import runpy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trees import Unchanged, leaves
 
 import detloss_triton as dt
-from detloss_triton import cli, graphs, ranks, signature
+from detloss_triton import cli, graphs, ranks, recorder, signature
 from detloss_triton.bench.batches import BUILDERS
 from detloss_triton.graphs import graphed
 
@@ -719,6 +723,85 @@ def test_a_training_with_graphs_is_the_same(again: Again, tmp_path: Path) -> Non
     torch.set_num_threads(threads)
     assert losses[0] == losses[1]
     assert again.recorded >= 2
+
+
+class Accelerator:
+    """A device's module, as torch has it, which writes down what it is asked for."""
+
+    class CUDAGraph:
+        def replay(self) -> None:
+            pass
+
+    def __init__(self) -> None:
+        self.current, self.pools, self.log, self.sync = "main", 0, list[Any](), "default"
+
+    def Stream(self, _: Any) -> Any:
+        return SimpleNamespace(wait_stream=lambda other: self.log.append(("side waits", other)))
+
+    def current_stream(self, _: Any = None) -> Any:
+        name = self.current
+        waits = functools.partial(self.log.append, (name, "waits"))
+        return Stream(name, waits)
+
+    def graph_pool_handle(self) -> int:
+        self.pools += 1
+        return self.pools
+
+    def device(self, _: Any) -> Any:
+        return nullcontext()
+
+    stream = device
+
+    @contextmanager
+    def graph(
+        self, graph: Any, pool: int, stream: Any, capture_error_mode: str = "global"
+    ) -> Iterator[None]:
+        self.log.append((pool, capture_error_mode))
+        yield
+
+    def get_sync_debug_mode(self) -> str:
+        return self.sync
+
+    def set_sync_debug_mode(self, mode: str) -> None:
+        self.sync = mode
+
+
+@dataclass(frozen=True)
+class Stream:
+    name: str
+    waits: Any = field(compare=False)
+
+    def wait_stream(self, _: Any) -> None:
+        self.waits()
+
+
+def test_recordings_share_a_pool_while_one_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Accelerator()
+    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
+    monkeypatch.setattr(recorder, "graph_class", lambda _: module.CUDAGraph)
+    found = recorder.recorder_of(torch.device("cuda", 99))
+    assert found is not None
+    modes: list[str] = []
+    found.rehearse(lambda: modes.append(module.sync))
+    assert modes == ["default", "error"]
+    assert module.sync == "default"
+    module.log.clear()
+    result, replay = found.record(lambda: 1)
+    second = found.record(lambda: 2)
+    assert result == 1
+    with pytest.raises(ZeroDivisionError):
+        found.record(lambda: 1 / 0)
+    third = found.record(lambda: 3)
+    assert module.log == [(pool, "thread_local") for pool in (1, 1, 1, 2)]
+    module.log.clear()
+    for module.current in ("main", "main", "other", "other", "main"):
+        replay()
+    assert module.log == [("other", "waits"), ("main", "waits")]
+    del replay, second, third
+    gc.collect()
+    module.log.clear()
+    found.record(lambda: 4)
+    assert module.log == [(3, "thread_local")]
 
 
 @pytest.fixture
