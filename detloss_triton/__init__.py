@@ -14,6 +14,7 @@ from .criteria import (
 )
 from .criteria.total import sum_losses
 from .functional import smooth_l1_loss
+from .graphs import graphed
 from .losses import (
     BCELoss,
     BoxLoss,
@@ -56,6 +57,7 @@ __all__ = [
     "YOLOXCriterion",
     "YOLOv9Criterion",
     "functional",
+    "graphed",
     "smooth_l1_loss",
     "sum_losses",
     "use_backend",

@@ -183,6 +183,18 @@ def is_cpu(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def graph_class(device: torch.device) -> Any:
+    """The class of a graph of launches on a device; None where there is none, as on a CPU."""
+    names = {"cuda": "CUDAGraph", "xpu": "XPUGraph"}
+    return getattr(getattr(torch, device.type, None), names.get(device.type, ""), None)
+
+
+def settings(device: torch.device) -> tuple[object, ...]:
+    """What decides, besides the tensors, how a step there is computed: backend and autocast."""
+    kind = device.type
+    return _requested, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+
 @dataclass(frozen=True)
 class Launch:
     """One recorded kernel launch: all that ahead-of-time compilation needs."""

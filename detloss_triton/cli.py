@@ -104,6 +104,11 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--threads", type=_positive, default=1, metavar="N", help="on the CPU; default: %(default)s"
     )
+    add(
+        "--graphed",
+        action="store_true",
+        help="replay the criterion as graphs of launches; changes nothing on a CPU",
+    )
     add("--output", type=Path, metavar="DIR", help="where to write; default: runs/<time>")
 
     bench = commands.add_parser(
@@ -202,6 +207,7 @@ def _train(options: argparse.Namespace) -> int:
                 device=device,
                 threads=options.threads,
                 output=options.output or Path("runs", time.strftime("%Y%m%d-%H%M%S")),
+                graphed=options.graphed,
                 images=options.images,
                 annotations=options.annotations,
             )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .engine import power_of_2
 from .ops.packing import pad
 from .precision import arithmetic_dtype
 from .shapes import check_shapes
@@ -41,6 +42,11 @@ def bucket(n: int) -> int:
             return size + size // 2
         size *= 2
     return size
+
+
+def room(n: int) -> int:
+    """The next of 8, 16, 32, ...: fewer sizes, each of which has a graph of its own."""
+    return power_of_2(max(n, SMALLEST_BUCKET))
 
 
 def pack(

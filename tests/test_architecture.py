@@ -19,11 +19,13 @@ PACKAGE = ROOT / "detloss_triton"
 FLOORS = (
     ("warn", "precision", "ranks", "settings", "kernels"),
     ("backend", "boxes", "shapes"),
+    ("recorder", "signature"),
     ("engine",),
     ("validate", "reduction"),
     ("ops",),
     ("losses", "functional", "coders", "matchers", "targets", "vec2box"),
     ("criteria",),
+    ("graphs", "recorded"),
     ("", "selfcheck"),
     ("cli", "demo", "bench", "__main__"),
 )
@@ -165,8 +167,8 @@ def test_one_file_asks_about_devices_and_one_about_compilers() -> None:
     assert files_with("torch.compiler.is_compiling", "_functorch") == {"engine.modes"}
 
 
-def test_only_the_engine_has_functions_of_its_own() -> None:
-    assert files_with("autograd.Function") == {"engine.dispatch", "engine.traced"}
+def test_only_the_engine_and_graphs_of_it_have_functions_of_their_own() -> None:
+    assert files_with("autograd.Function") == {"engine.dispatch", "engine.traced", "recorded"}
 
 
 def test_kernels_and_device_functions_are_narrow() -> None:

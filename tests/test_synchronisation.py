@@ -107,7 +107,7 @@ def test_the_detector_of_synchronisations_works(device: torch.device) -> None:
 @needs_gpu
 @over_criteria
 def test_a_captured_step_replays_with_new_data(name: str) -> None:
-    """README's ten lines: forward, matching and backward in one CUDA graph, bitwise as eager."""
+    """Forward, matching and backward in one CUDA graph, bitwise as eager."""
     cuda = torch.device("cuda")
     first, second = (with_norms_on(cuda, case(name, seed=seed).on(cuda)) for seed in (0, 1))
     if shapes(first.inputs) != shapes(second.inputs):

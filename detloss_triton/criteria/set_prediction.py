@@ -14,15 +14,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from detloss_triton.engine import FusedOp
 from detloss_triton.matchers import HungarianMatcher
 from detloss_triton.ops.queries import queries
 from detloss_triton.precision import arithmetic_dtype, as_values
+from detloss_triton.ranks import are_several
 from detloss_triton.reduction import rank_means, unbound
 from detloss_triton.settings import described
 from detloss_triton.shapes import check_counts, check_mapping, check_numbers, check_shapes
-from detloss_triton.targets import Targets, check_images, counts_of, pack, unpack
+from detloss_triton.targets import Targets, check_images, counts_of, pack, room, unpack
 from detloss_triton.validate import (
     CXCYWH,
     DECODED,
@@ -199,6 +201,24 @@ class SetCriterion(nn.Module):
         if dn_meta is None:
             return packed, None
         return packed, prepared(dn_meta, positives_of(dn_meta, packed, targets, name))
+
+    def repeatable(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of `forward` packed, so that their shapes repeat from step to step.
+
+        With several ranks also the normaliser, as these may hold targets of different shapes.
+        """
+        outputs, num_boxes = arguments["outputs"], arguments.get("num_boxes")
+        targets, dn_meta = self.prepare(arguments["targets"], outputs.get("dn_meta"))
+        n_targets = targets.labels.shape[1]
+        if more := max(room(n_targets) - n_targets, 0):
+            labels = pad(targets.labels, (0, more), value=-1)
+            targets = Targets(labels, pad(targets.boxes, (0, 0, 0, more)), targets.counts)
+        if dn_meta is not None:
+            positives = pad(dn_meta["dn_positive_idx"], (0, more), value=-1)
+            outputs = {**outputs, "dn_meta": {**dn_meta, "dn_positive_idx": positives}}
+        if num_boxes is None and are_several():
+            num_boxes = count_boxes(targets, None, outputs["pred_boxes"])
+        return {"outputs": outputs, "targets": targets, "num_boxes": num_boxes}
 
     def _step(self, outputs: Output, targets: AnyTargets, num_boxes: Any) -> Step:
         """Check and pack the arguments of `forward`."""

@@ -14,6 +14,7 @@ from detloss_triton.ops.aligned import aligned
 from detloss_triton.reduction import unbound
 from detloss_triton.settings import described
 from detloss_triton.shapes import check_shapes
+from detloss_triton.targets import room
 from detloss_triton.validate import FINITE, a_box_with_class, check, enabled, in_pixels
 from detloss_triton.vec2box import (
     Level,
@@ -127,6 +128,15 @@ class YOLOv9Criterion(nn.Module):
         mean = total.mean()
         cls, dfl, iou = unbound(total)
         return {"loss_cls": cls, "loss_df": dfl, "loss_iou": iou, "total_loss": mean}
+
+    def repeatable(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of `forward`, their targets padded to a number of rows that repeats."""
+        targets = arguments["targets"]
+        n_rows = targets.shape[1]
+        if n_rows == 0:
+            return arguments
+        rows = (0, 0, 0, room(n_rows) - n_rows)
+        return {**arguments, "targets": torch.nn.functional.pad(targets, rows, value=-1)}
 
     def extra_repr(self) -> str:
         slots = ("vec2box", "matcher", "loss_cls", "loss_dfl", "loss_iou")

@@ -14,6 +14,7 @@ from detloss_triton.precision import at_least_float32
 from detloss_triton.reduction import as_divisor, unbound
 from detloss_triton.settings import described
 from detloss_triton.shapes import check_shapes
+from detloss_triton.targets import room
 from detloss_triton.validate import (
     FINITE,
     FRACTION,
@@ -186,6 +187,17 @@ class YOLOXCriterion(nn.Module):
             "box_constants": boxes[1],
             "factors": tuple(factor for _, _, factor in used),
         }
+
+    def repeatable(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of `forward`, targets padded to a number of rows that repeats.
+
+        Rows without an anchor weigh nothing. What is not read gives way to what is.
+        """
+        n_rows = len(arguments["bbox_targets"])
+        rows = (0, 0, 0, room(n_rows) - n_rows)
+        read = ("cls_targets", "bbox_targets", *("l1_targets",) * self.use_l1)
+        padded = {name: torch.nn.functional.pad(arguments[name], rows) for name in read}
+        return {**arguments, "l1_targets": padded["bbox_targets"], **padded, "num_pos": None}
 
     def extra_repr(self) -> str:
         slots = ("loss_cls", "loss_bbox", "loss_obj", "loss_l1")

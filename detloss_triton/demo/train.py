@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from detloss_triton import graphed
 from detloss_triton.backend import versions
 
 from . import ranks
@@ -47,6 +48,7 @@ class Settings:
     device: torch.device
     threads: int
     output: Path
+    graphed: bool = False
     images: Path | None = None
     annotations: Path | None = None
 
@@ -86,6 +88,8 @@ def _train(settings: Settings) -> None:
     # Else a GPU's convolutions may add up in another order on every run.
     torch.backends.cudnn.deterministic = True
     model = recipe.build(len(source.class_names), settings.image_size, settings.device)
+    if settings.graphed:
+        model.criterion = graphed(model.get_submodule("criterion"))
 
     before = evaluate(model, source, settings) if ranks.rank() == 0 else None
     training_started = time.perf_counter()
