@@ -11,14 +11,14 @@ from .math import corners, giou_loss_and_grad, logistic, power
 from .rows import load, load_box, row_pointers
 
 _COST_COUNTS = [
-    "s_labels", "s_targets", "n_images", "n_targets", "n_queries", "n_classes", "n_blocks",
+    "s_labels", "s_targets", "n_images", "n_targets", "n_queries", "n_classes",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_COST_COUNTS)
 def match_cost_kernel(
     logits, boxes, labels, targets, p_cost,
-    s_labels, s_targets, n_images, n_targets, n_queries, n_classes, n_blocks,
+    s_labels, s_targets, n_images, n_targets, n_queries, n_classes,
     WEIGHTS: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr, LOG_EPS: tl.constexpr,
     GIOU_EPS: tl.constexpr, BT: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
@@ -28,6 +28,7 @@ def match_cost_kernel(
     cost, the distance and the GIoU.
     """
     pid = tl.program_id(0).to(tl.int64)
+    n_blocks = tl.cdiv(n_queries, BQ)
     tile = pid // n_blocks
     n_tiles = tl.cdiv(n_targets, BT)
     problem = tile // n_tiles

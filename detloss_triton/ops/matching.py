@@ -142,7 +142,6 @@ def _(
         n_targets=n_targets,
         n_queries=n_queries,
         n_classes=n_classes,
-        n_blocks=n_blocks,
         WEIGHTS=(float(cost_class), float(cost_bbox), float(cost_giou)),
         ALPHA=float(alpha),
         GAMMA=float(gamma),
