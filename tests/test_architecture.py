@@ -22,7 +22,7 @@ FLOORS = (
     ("engine",),
     ("validate", "reduction"),
     ("ops",),
-    ("losses", "functional", "coders", "matchers", "targets", "vec2box"),
+    ("losses", "functional", "coders", "matchers", "targets", "vec2box", "anchors", "assigners"),
     ("criteria",),
     ("", "selfcheck"),
     ("cli", "demo", "bench", "__main__"),

@@ -1,0 +1,9 @@
+"""Which anchor of a dense head learns which target: what stands before a criterion.
+
+Each assigner is called with a batch, waits for nothing, and returns an `Assignment`.
+"""
+
+from .assignment import Assignment
+from .dynamic import DynamicSoftLabelAssigner, SimOTAAssigner
+
+__all__ = ["Assignment", "DynamicSoftLabelAssigner", "SimOTAAssigner"]

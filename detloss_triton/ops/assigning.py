@@ -1,0 +1,52 @@
+"""What the assigners share: which targets are real, and what an anchor that got one is told."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from detloss_triton.boxes import Columns, area, columns, overlap
+
+# The union of two boxes is at least this.
+IOU_EPS = 1e-6
+
+# Of each anchor: the index of its target, or -1; the label of that, or -1; their IoU, or 0; and the
+# target's box, or zeros.
+Assigned = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def real(labels: Tensor, counts: Tensor) -> Tensor:
+    """(B, T) which rows are targets: those within an image's count, of no negative label."""
+    row = torch.arange(labels.shape[1], device=labels.device)
+    return (row < counts.unsqueeze(1)) & (labels >= 0)
+
+
+def iou(p: Columns, t: Columns) -> Tensor:
+    """IoU of broadcastable columns; of boxes that hold NaN 0."""
+    inter = overlap(p, t)
+    ratio = inter / (area(p) + area(t) - inter).clamp(min=IOU_EPS)
+    return ratio.masked_fill(~(ratio > 0), 0)
+
+
+def told(target: Tensor, boxes: Tensor, labels: Tensor, targets: Tensor) -> Assigned:
+    """What each of the boxes (B, A, 4) or (A, 4), predictions or anchors, is told of its target."""
+    none = target < 0
+    index = target.clamp(min=0)
+    label = labels.gather(1, index).to(torch.int64).masked_fill(none, -1)
+    box = targets.gather(1, index.unsqueeze(2).expand(-1, -1, 4))
+    metric = iou(columns(boxes), columns(box)).masked_fill(none, 0)
+    return target, label, metric, box.masked_fill(none.unsqueeze(2), 0)
+
+
+def nothing(n_anchors: int, targets: Tensor) -> Assigned:
+    """What anchors of B images are told without a target."""
+    none = targets.new_full((len(targets), n_anchors), -1, dtype=torch.int64)
+    box = targets.new_zeros((*none.shape, 4))
+    return none, none.clone(), box[..., 0].clone(), box
+
+
+def unwritten(n_anchors: int, targets: Tensor) -> Assigned:
+    """Memory for what a kernel tells the anchors."""
+    target = targets.new_empty((len(targets), n_anchors), dtype=torch.int64)
+    box = targets.new_empty((*target.shape, 4), dtype=torch.float32)
+    return target, torch.empty_like(target), box.new_empty(target.shape), box
