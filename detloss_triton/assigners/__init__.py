@@ -4,6 +4,7 @@ Each assigner is called with a batch, waits for nothing, and returns an `Assignm
 """
 
 from .assignment import Assignment
+from .atss import ATSSAssigner
 from .dynamic import DynamicSoftLabelAssigner, SimOTAAssigner
 
-__all__ = ["Assignment", "DynamicSoftLabelAssigner", "SimOTAAssigner"]
+__all__ = ["ATSSAssigner", "Assignment", "DynamicSoftLabelAssigner", "SimOTAAssigner"]

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 from torch import Tensor
 
 from detloss_triton.shapes import check_numbers
-from detloss_triton.targets import Targets, check_images, pack
+from detloss_triton.targets import Targets
 
 # As they are packed once per step, or as torchvision has them: boxes xyxy in pixels.
 Given: TypeAlias = "Targets | Sequence[Mapping[str, Tensor]]"
@@ -32,13 +32,6 @@ class Assignment(NamedTuple):
     metric: Tensor
     box: Tensor
     ignored: Tensor | None = None
-
-
-def packed(place: str, targets: Given, predicted: Tensor) -> Targets:
-    """The targets of as many images as have predictions, on their device."""
-    found = pack(targets, place, predicted)
-    check_images(place, found, len(predicted))
-    return found
 
 
 def check_weights(place: str, /, **arguments: float) -> None:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from detloss_triton.ops.dynamic import assign_dynamic
 from detloss_triton.shapes import check_counts, check_shapes
+from detloss_triton.targets import check_images, pack
 
-from .assignment import Assignment, Given, check_weights, packed
+from .assignment import Assignment, Given, check_weights
 
 
 @dataclass(frozen=True)
@@ -122,4 +123,6 @@ def _assigned(
         boxes=(boxes, ("B", "A", 4)),
         points=(points, ("A", 4)),
     )
-    return Assignment(*assign_dynamic(*predicted, *packed(place, targets, boxes), **cost))
+    packed = pack(targets, place, boxes)
+    check_images(place, packed, len(boxes))
+    return Assignment(*assign_dynamic(*predicted, *packed, **cost))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -10,9 +12,19 @@ from detloss_triton.boxes import Columns, area, columns, overlap
 # The union of two boxes is at least this.
 IOU_EPS = 1e-6
 
+# Pairs of anchors and targets that a reference holds at a time.
+_PAIRS = 2**22
+
 # Of each anchor: the index of its target, or -1; the label of that, or -1; their IoU, or 0; and the
 # target's box, or zeros.
 Assigned = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def parts(n_targets: int, n_anchors: int) -> Iterator[slice]:
+    """Slices of the targets, such that not too many pairs with anchors are held at a time."""
+    step = max(_PAIRS // max(n_anchors, 1), 1)
+    for start in range(0, n_targets, step):
+        yield slice(start, start + step)
 
 
 def real(labels: Tensor, counts: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from detloss_triton.boxes import Columns, columns
 from detloss_triton.engine import Sample, direct, power_of_2, slices
 from detloss_triton.precision import arithmetic_dtype
 
-from .assigning import IOU_EPS, iou, nothing, real, told, unwritten
+from .assigning import IOU_EPS, iou, nothing, parts, real, told, unwritten
 from .classification import dense, quality_focal
 
 # Added to the IoU inside its logarithm.
@@ -26,8 +26,6 @@ HIGHEST_COST = 1e5
 SOFT_POWER = 2.0
 # Of an anchor's bids, integers that add up in any order: one bid, beside the index of its target.
 BID = 2**32
-# Pairs of anchors and targets that the reference holds at a time.
-_PAIRS = 2**22
 # Anchors that a program takes, classes at a time, and targets one after the other.
 _BLOCK, _CLASSES, _TARGETS = 128, 32, 8
 # Anchors of a target that a program holds at a time; what it runs through lies in the cache.
@@ -106,12 +104,13 @@ def assign_dynamic(
     """
     dtype = arithmetic_dtype(logits, boxes, targets)
     (n_images, n_anchors, n_classes), n_targets = logits.shape, labels.shape[1]
-    x, p, t, points = (x.to(dtype) for x in (logits, boxes, targets, points))
+    x, p, t = (x.to(dtype) for x in (logits, boxes, targets))
     o = None if objectness is None else objectness.to(dtype)
     if n_images * n_targets * n_anchors == 0:
         return nothing(n_anchors, t)
     is_real = real(labels, counts) & (labels < n_classes)
-    is_candidate = _candidates(points, t, is_real, cost, radius)
+    at = _columns(points, dtype)
+    is_candidate = _candidates(at, t, is_real, cost, radius)
     # Over the classes, as if none was the label, which alone differs from target to target.
     elsewhere = x.new_empty(n_images, n_anchors)
     for some in slices(n_images, n_anchors * n_classes):
@@ -120,7 +119,7 @@ def assign_dynamic(
     bids = torch.zeros_like(is_candidate, dtype=torch.int64)
     cheapest = torch.zeros_like(bids)
     least = x.new_full(bids.shape, torch.inf, dtype=torch.float64)
-    for some in _parts(n_targets, bids.numel()):
+    for some in parts(n_targets, bids.numel()):
         box = columns(t[:, some].unsqueeze(2))
         overlap = iou(columns(p.unsqueeze(1)), box)
         label = labels[:, some].long().clamp(0, n_classes - 1).unsqueeze(1)
@@ -129,11 +128,11 @@ def assign_dynamic(
         price = class_weight * (elsewhere.unsqueeze(1) + at_label)
         price = price - iou_weight * (overlap + LOG_EPS).log()
         if cost == "soft_label":
-            price = price + 10 ** (_distance(points, box) - radius)
+            price = price + 10 ** (_distance(at, box) - radius)
         # In float64 nothing is rounded away by what is added then.
         price = price.nan_to_num(nan=HIGHEST_COST).clamp(0, HIGHEST_COST).double()
         if cost == "simota":
-            price = price + HIGHEST_COST * ~(_inside(points, box) & _near(points, box, radius))
+            price = price + HIGHEST_COST * ~(_inside(at, box) & _near(at, box, radius))
         apart = ~(is_real[:, some].unsqueeze(2) & is_candidate.unsqueeze(1))
         price = price.masked_fill_(apart, torch.inf)
 
@@ -192,11 +191,12 @@ def _(
     t = targets.to(arithmetic_dtype(logits, boxes, targets))
     found = nothing(len(points), t)
     is_real = real(labels, counts) & (labels < logits.shape[2])
+    at = _columns(points, t.dtype)
     for i in range(len(labels)):
         which = is_real[i].nonzero().squeeze(1)
         box = t[i : i + 1, which]
-        candidates = _candidates(points.to(t.dtype), box, is_real[i : i + 1, which], cost, radius)
-        anchor = candidates[0].nonzero().squeeze(1)
+        is_candidate = _candidates(at, box, is_real[i : i + 1, which], cost, radius)
+        anchor = is_candidate[0].nonzero().squeeze(1)
         of_image = assign_dynamic.reference(
             logits[i : i + 1, anchor],
             None if objectness is None else objectness[i : i + 1, anchor],
@@ -214,7 +214,7 @@ def _(
         if len(which):
             of_image[0][:] = torch.where(of_image[0] < 0, -1, which[of_image[0]])
         for whole, part in zip(found, of_image, strict=True):
-            whole[i, anchor] = part[0]
+            whole[i].index_copy_(0, anchor, part[0])
     return found
 
 
@@ -306,41 +306,37 @@ def _(
     return told
 
 
-def _parts(n_targets: int, n_anchors: int) -> Iterator[slice]:
-    """Slices of the targets, of as many pairs as there may be at a time."""
-    step = max(_PAIRS // max(n_anchors, 1), 1)
-    for start in range(0, n_targets, step):
-        yield slice(start, start + step)
+def _columns(points: Tensor, dtype: torch.dtype) -> Columns:
+    """Each of its own memory, which a CPU compares several times as fast."""
+    return columns(points.to(dtype).T.contiguous().T)
 
 
-def _candidates(
-    points: Tensor, targets: Tensor, is_real: Tensor, cost: str, radius: float
-) -> Tensor:
+def _candidates(at: Columns, targets: Tensor, is_real: Tensor, cost: str, radius: float) -> Tensor:
     """(B, A) which anchors are inside some target, or near its centre where that counts."""
-    found = is_real.new_zeros(len(targets), len(points))
-    for some in _parts(targets.shape[1], found.numel()):
+    found = is_real.new_zeros(len(targets), len(at[0]))
+    for some in parts(targets.shape[1], found.numel()):
         box = columns(targets[:, some].unsqueeze(2))
-        here = _inside(points, box)
+        here = _inside(at, box)
         if cost == "simota":
-            here |= _near(points, box, radius)
+            here |= _near(at, box, radius)
         found |= (here & is_real[:, some].unsqueeze(2)).any(1)
     return found
 
 
-def _inside(points: Tensor, box: Columns) -> Tensor:
-    x, y, _, _ = points.unbind(1)
+def _inside(at: Columns, box: Columns) -> Tensor:
+    x, y, _, _ = at
     return (x > box[0]) & (y > box[1]) & (x < box[2]) & (y < box[3])
 
 
-def _near(points: Tensor, box: Columns, radius: float) -> Tensor:
-    x, y, stride_x, stride_y = points.unbind(1)
+def _near(at: Columns, box: Columns, radius: float) -> Tensor:
+    x, y, stride_x, stride_y = at
     near_x = (x - (box[0] + box[2]) / 2).abs() < radius * stride_x
     return near_x & ((y - (box[1] + box[3]) / 2).abs() < radius * stride_y)
 
 
-def _distance(points: Tensor, box: Columns) -> Tensor:
+def _distance(at: Columns, box: Columns) -> Tensor:
     """Of the centres, in strides."""
-    x, y, stride, _ = points.unbind(1)
+    x, y, stride, _ = at
     across, down = x - (box[0] + box[2]) / 2, y - (box[1] + box[3]) / 2
     return (across.square() + down.square()).sqrt() / stride
 
