@@ -6,5 +6,12 @@ Each assigner is called with a batch, waits for nothing, and returns an `Assignm
 from .assignment import Assignment
 from .atss import ATSSAssigner
 from .dynamic import DynamicSoftLabelAssigner, SimOTAAssigner
+from .max_iou import MaxIoUAssigner
 
-__all__ = ["ATSSAssigner", "Assignment", "DynamicSoftLabelAssigner", "SimOTAAssigner"]
+__all__ = [
+    "ATSSAssigner",
+    "Assignment",
+    "DynamicSoftLabelAssigner",
+    "MaxIoUAssigner",
+    "SimOTAAssigner",
+]

@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from detloss_triton.shapes import check_numbers
+from detloss_triton.shapes import check_numbers, check_shapes
 from detloss_triton.targets import Targets
 
 # As they are packed once per step, or as torchvision has them: boxes xyxy in pixels.
@@ -32,6 +32,12 @@ class Assignment(NamedTuple):
     metric: Tensor
     box: Tensor
     ignored: Tensor | None = None
+
+
+def check_anchors(place: str, anchors: Tensor, n: int | str, inside: Tensor | None) -> None:
+    """Raise ValueError unless anchors are (n, 4), and what says which of them are inside (n,)."""
+    flags = {} if inside is None else {"inside": (inside, (n,))}
+    check_shapes(place, anchors=(anchors, (n, 4)), **flags)
 
 
 def check_weights(place: str, /, **arguments: float) -> None:

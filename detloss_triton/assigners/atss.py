@@ -8,10 +8,10 @@ from torch import Tensor
 
 from detloss_triton.anchors import Anchors
 from detloss_triton.ops.atss import assign_atss
-from detloss_triton.shapes import check_counts, check_shapes
+from detloss_triton.shapes import check_counts
 from detloss_triton.targets import pack
 
-from .assignment import Assignment, Given
+from .assignment import Assignment, Given, check_anchors
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class ATSSAssigner:
 
         Args:
             anchors: of all images, see `anchors.grid_anchors`.
-            inside: (A,) which anchors may be candidates, see `anchors.inside`; None for all.
+            inside: (A,) which anchors may be candidates, see `anchors.inside`, the others being
+                ignored; None for all.
 
         Shapes:
             targets: per image {"boxes": (n, 4) xyxy in pixels, "labels": (n,)}, or `Targets` of
@@ -50,14 +51,8 @@ class ATSSAssigner:
         """
         name = type(self).__name__
         boxes, sizes = anchors
-        check_shapes(name, anchors=(boxes, (sum(sizes), 4)))
-        check_inside(name, boxes, inside)
+        check_anchors(name, boxes, sum(sizes), inside)
         packed = pack(targets, name, boxes)
-        return Assignment(
-            *assign_atss(boxes, inside, *packed, sizes=tuple(sizes), topk=int(self.topk))
-        )
-
-
-def check_inside(place: str, anchors: Tensor, inside: Tensor | None) -> None:
-    if inside is not None:
-        check_shapes(place, anchors=(anchors, ("A", 4)), inside=(inside, ("A",)))
+        found = assign_atss(boxes, inside, *packed, sizes=tuple(sizes), topk=int(self.topk))
+        ignored = None if inside is None else ~inside.expand_as(found[0])
+        return Assignment(*found)._replace(ignored=ignored)

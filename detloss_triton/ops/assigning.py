@@ -36,8 +36,8 @@ def real(labels: Tensor, counts: Tensor) -> Tensor:
 def iou(p: Columns, t: Columns) -> Tensor:
     """IoU of broadcastable columns; of boxes that hold NaN 0."""
     inter = overlap(p, t)
-    ratio = inter / (area(p) + area(t) - inter).clamp(min=IOU_EPS)
-    return ratio.masked_fill(~(ratio > 0), 0)
+    union = (area(p) + area(t)).sub_(inter).clamp_(min=IOU_EPS)
+    return inter.div_(union).nan_to_num_(nan=0)
 
 
 def told(target: Tensor, boxes: Tensor, labels: Tensor, targets: Tensor) -> Assigned:
@@ -48,6 +48,18 @@ def told(target: Tensor, boxes: Tensor, labels: Tensor, targets: Tensor) -> Assi
     box = targets.gather(1, index.unsqueeze(2).expand(-1, -1, 4))
     metric = iou(columns(boxes), columns(box)).masked_fill(none, 0)
     return target, label, metric, box.masked_fill(none.unsqueeze(2), 0)
+
+
+def told_to_few(target: Tensor, boxes: Tensor, labels: Tensor, targets: Tensor) -> Assigned:
+    """As `told`, on a CPU, which sees who got a target: a tenth of the time, as few do."""
+    _, label, metric, box = nothing(target.shape[1], targets)
+    image, anchor = (target >= 0).nonzero(as_tuple=True)
+    which = target[image, anchor]
+    of_target, of_anchor = targets[image, which], boxes.expand(*target.shape, 4)[image, anchor]
+    label[image, anchor] = labels[image, which].to(torch.int64)
+    metric[image, anchor] = iou(columns(of_anchor), columns(of_target))
+    box[image, anchor] = of_target
+    return target, label, metric, box
 
 
 def nothing(n_anchors: int, targets: Tensor) -> Assigned:

@@ -15,7 +15,7 @@ from detloss_triton.boxes import columns
 from detloss_triton.engine import Sample, direct, power_of_2
 from detloss_triton.precision import arithmetic_dtype
 
-from .assigning import IOU_EPS, iou, nothing, parts, real, told, unwritten
+from .assigning import IOU_EPS, iou, nothing, parts, real, told, told_to_few, unwritten
 
 # How far inside a target an anchor's centre has to lie, in pixels.
 MARGIN = 0.01
@@ -70,7 +70,9 @@ def assign_atss(
         sizes: anchors of each level, A in all.
         returns: (B, A) target or -1, (B, A) label or -1, (B, A) IoU or 0, (B, A, 4) box or 0.
     """
-    return _assigned(anchors, inside, labels, targets, counts, sizes, topk, _by_steps)
+    a, t = (x.to(arithmetic_dtype(anchors, targets)) for x in (anchors, targets))
+    target = _chosen(a, inside, real(labels, counts), t, sizes, topk, _by_steps)
+    return told(target, a, labels, t)
 
 
 @assign_atss.on_cpu
@@ -83,7 +85,9 @@ def _(
     sizes: tuple[int, ...],
     topk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _assigned(anchors, inside, labels, targets, counts, sizes, topk, _by_topk)
+    a, t = (x.to(arithmetic_dtype(anchors, targets)) for x in (anchors, targets))
+    target = _chosen(a, inside, real(labels, counts), t, sizes, topk, _by_topk)
+    return told_to_few(target, a, labels, t)
 
 
 @assign_atss.shaped_as
@@ -99,21 +103,19 @@ def _(
     return nothing(len(anchors), targets.to(arithmetic_dtype(anchors, targets)))
 
 
-def _assigned(
-    anchors: Tensor,
+def _chosen(
+    a: Tensor,
     inside: Tensor | None,
-    labels: Tensor,
-    targets: Tensor,
-    counts: Tensor,
+    is_real: Tensor,
+    t: Tensor,
     sizes: tuple[int, ...],
     topk: int,
     nearest: Nearest,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = arithmetic_dtype(anchors, targets)
-    a, t = anchors.to(dtype), targets.to(dtype)
-    (n_images, n_targets), n_anchors = labels.shape, len(anchors)
+) -> Tensor:
+    """(B, A) target or -1."""
+    (n_images, n_targets), n_anchors = is_real.shape, len(a)
     if n_images * n_targets * n_anchors == 0:
-        return nothing(n_anchors, t)
+        return torch.full((n_images, n_anchors), -1, device=a.device)
     candidates = []
     for some in parts(n_targets, n_images * n_anchors):
         distance = _distance(a, t[:, some])
@@ -121,7 +123,7 @@ def _assigned(
             distance = distance.masked_fill(~inside, torch.inf)
         candidates.append(_of_levels(distance, sizes, topk, nearest))
     anchor = torch.cat(candidates, 1)  # (B, T, candidates), -1 for none
-    is_used = (anchor >= 0) & real(labels, counts).unsqueeze(2)
+    is_used = (anchor >= 0) & is_real.unsqueeze(2)
     box, of_anchor = columns(t.unsqueeze(2)), columns(a[anchor.clamp(min=0)])
     overlap = iou(of_anchor, box).masked_fill(~is_used, 0)
     x, y = (of_anchor[0] + of_anchor[2]) / 2, (of_anchor[1] + of_anchor[3]) / 2
@@ -139,7 +141,7 @@ def _assigned(
     index = index.masked_fill(overlap != best.gather(1, anchor), n_targets)
     first = anchor.new_full(best.shape, n_targets).scatter_reduce(1, anchor, index, "amin")
     target = first[:, :n_anchors]
-    return told(target.masked_fill(target == n_targets, -1), a, labels, t)
+    return target.masked_fill(target == n_targets, -1)
 
 
 def _distance(anchors: Tensor, targets: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from detloss_triton.boxes import Columns, columns
 from detloss_triton.engine import Sample, direct, power_of_2, slices
 from detloss_triton.precision import arithmetic_dtype
 
-from .assigning import IOU_EPS, iou, nothing, parts, real, told, unwritten
+from .assigning import IOU_EPS, iou, nothing, parts, real, told, told_to_few, unwritten
 from .classification import dense, quality_focal
 
 # Added to the IoU inside its logarithm.
@@ -188,16 +188,17 @@ def _(
     topk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Image by image, of its targets and candidates alone, which few anchors are."""
-    t = targets.to(arithmetic_dtype(logits, boxes, targets))
-    found = nothing(len(points), t)
+    dtype = arithmetic_dtype(logits, boxes, targets)
+    t = targets.to(dtype)
+    target = torch.full((len(labels), len(points)), -1, device=t.device)
     is_real = real(labels, counts) & (labels < logits.shape[2])
-    at = _columns(points, t.dtype)
+    at = _columns(points, dtype)
     for i in range(len(labels)):
         which = is_real[i].nonzero().squeeze(1)
         box = t[i : i + 1, which]
         is_candidate = _candidates(at, box, is_real[i : i + 1, which], cost, radius)
         anchor = is_candidate[0].nonzero().squeeze(1)
-        of_image = assign_dynamic.reference(
+        of_image, *_ = assign_dynamic.reference(
             logits[i : i + 1, anchor],
             None if objectness is None else objectness[i : i + 1, anchor],
             boxes[i : i + 1, anchor],
@@ -211,11 +212,9 @@ def _(
             class_weight,
             topk,
         )
-        if len(which):
-            of_image[0][:] = torch.where(of_image[0] < 0, -1, which[of_image[0]])
-        for whole, part in zip(found, of_image, strict=True):
-            whole[i].index_copy_(0, anchor, part[0])
-    return found
+        got = (of_image[0] >= 0).nonzero().squeeze(1)
+        target[i, anchor[got]] = which[of_image[0, got]]
+    return told_to_few(target, boxes.to(dtype), labels, t)
 
 
 @assign_dynamic.triton
