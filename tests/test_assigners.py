@@ -342,3 +342,84 @@ def test_impossible_shapes(name: str) -> None:
             ValueError, match=rf"{name}: targets has 1 images, the predictions have 2"
         ):
             assigned(case, pack(case.targets[:1]))
+
+
+@pytest.mark.parametrize("name", ["ATSSAssigner", "MaxIoUAssigner"])
+def test_what_is_not_inside_is_as_if_not_there(
+    name: str, backend: str, device: torch.device
+) -> None:
+    case = on(next(cases(name)), device)
+    assigner = getattr(assigners, name)(**case.arguments)
+    inside = torch.rand(len(case.priors), generator=torch.Generator().manual_seed(0)) > 0.4
+    of_level = [int(x.sum()) for x in inside.split(case.sizes)]
+    inside = inside.to(device)
+    kept = case.priors[inside]
+    if name == "ATSSAssigner":
+        found = assigner(Anchors(case.priors, case.sizes), case.targets, inside)
+        expected = assigner(Anchors(kept, tuple(of_level)), case.targets)
+    else:
+        found = assigner(case.priors, case.targets, inside)
+        expected = assigner(kept, case.targets)
+    for a, b in zip(found[:4], expected[:4], strict=True):
+        assert torch.equal(a[:, inside], b)
+    assert found.ignored is not None and found.ignored[:, ~inside].all()
+    assert (found.target[:, ~inside] == -1).all() and (expected.target >= 0).any()
+
+
+def test_anchors_of_a_crowd_are_ignored(backend: str, device: torch.device) -> None:
+    """Those with more than the given part in an ignored box, in the first image."""
+    case = on(next(cases("MaxIoUAssigner")), device)
+    crowd = torch.tensor([[30.0, 20.0, 90.0, 100.0], [0.0, 0.0, 128.0, 128.0]], device=device)
+    labels = torch.zeros(2, device=device, dtype=torch.int64)
+    ignored = [
+        {"boxes": crowd[:1], "labels": labels[:1]},
+        {"boxes": crowd[:0], "labels": labels[:0]},
+    ]
+    usual = {"pos_iou_thr": 0.4, "neg_iou_thr": 0.4}
+    found = assigners.MaxIoUAssigner(**usual, ignore_iof_thr=0.3)(
+        case.priors, case.targets, ignored=ignored
+    )
+    without = assigners.MaxIoUAssigner(**usual)(case.priors, case.targets, ignored=ignored)
+    low = torch.maximum(case.priors[:, :2], crowd[0, :2])
+    high = torch.minimum(case.priors[:, 2:], crowd[0, 2:])
+    area = (case.priors[:, 2:] - case.priors[:, :2]).prod(1)
+    is_crowd = (high - low).clamp(min=0).prod(1) / area > 0.3
+    assert 0 < is_crowd.sum() < len(is_crowd)
+    assert found.ignored is not None and without.ignored is not None
+    assert found.ignored[0, is_crowd].all() and (found.target[0, is_crowd] == -1).all()
+    assert torch.equal(found.target[1], without.target[1]) and not without.ignored.any()
+    # Also of an image without a target.
+    nothing = [{"boxes": crowd[:0], "labels": labels[:0]}] * 2
+    alone = assigners.MaxIoUAssigner(**usual, ignore_iof_thr=0.3)(
+        case.priors, nothing, ignored=ignored
+    )
+    assert torch.equal(alone.ignored, is_crowd & torch.tensor([[True], [False]], device=device))
+    assert (alone.target == -1).all()
+
+
+def test_of_equal_costs_the_first_anchor_is_taken(backend: str, device: torch.device) -> None:
+    """Two targets over eight equal anchors: the first bids for 0 to 3, the second likewise."""
+    with device:
+        points = torch.tensor([[50.0, 50.0, 8.0, 8.0]]).repeat(8, 1)
+        boxes = torch.tensor([[30.0, 30.0, 70.0, 54.0]]).repeat(1, 8, 1)
+        truth = torch.tensor([[30.0, 30.0, 70.0, 70.0]] * 2)
+        targets = [{"boxes": truth, "labels": torch.tensor([1, 1])}]
+        scores = torch.zeros(1, 8, 3), torch.zeros(1, 8)
+    # The IoU is 0.6: of eight 4.8, of five 3.
+    found = assigners.SimOTAAssigner()(*scores, boxes, points, targets)
+    assert found.target[0].tolist() == [0] * 4 + [-1] * 4
+    found = assigners.SimOTAAssigner(candidate_topk=4)(*scores, boxes, points, targets)
+    assert found.target[0].tolist() == [0] * 2 + [-1] * 6
+    soft = assigners.DynamicSoftLabelAssigner()(scores[0], boxes, points, targets)
+    assert soft.target[0].tolist() == [0] * 4 + [-1] * 4
+    torch.testing.assert_close(soft.metric[0, :4], torch.full((4,), 0.6, device=device))
+
+
+def test_of_equal_distances_the_first_anchor_is_taken(backend: str, device: torch.device) -> None:
+    """Four anchors are as near as one another, of which two are candidates."""
+    with device:
+        centre = torch.tensor([[100.0, 100], [46, 50], [54, 50], [50, 46], [50, 54], [0, 0]])
+        boxes = torch.cat([centre - 10, centre + 10], 1)
+        targets = [{"boxes": torch.tensor([[40.0, 40, 60, 60]]), "labels": torch.tensor([0])}]
+    found = assigners.ATSSAssigner(topk=2)(Anchors(boxes, (6,)), targets)
+    assert found.target[0].tolist() == [-1, 0, 0, -1, -1, -1]
