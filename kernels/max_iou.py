@@ -86,8 +86,7 @@ def winners_kernel(
     n_real = 0
     for t in range(n_targets):
         pair = b * n_targets + t
-        is_real, _, _ = load_target(targets, n_targets, b, t)
-        if is_real:
+        if load_target(targets, n_targets, b, t)[0]:
             n_real += 1
             ratio = tl.load(p_ratio + pair * n_anchors + anchor, mask=m_anchor, other=-1.0)
             which = tl.where(ratio > most, t, which)
