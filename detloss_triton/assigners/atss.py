@@ -53,6 +53,8 @@ class ATSSAssigner:
         boxes, sizes = anchors
         check_anchors(name, boxes, sum(sizes), inside)
         packed = pack(targets, name, boxes)
-        found = assign_atss(boxes, inside, *packed, sizes=tuple(sizes), topk=int(self.topk))
-        ignored = None if inside is None else ~inside.expand_as(found[0])
-        return Assignment(*found)._replace(ignored=ignored)
+        target, label, metric, box = assign_atss(
+            boxes, inside, *packed, sizes=tuple(sizes), topk=int(self.topk)
+        )
+        ignored = None if inside is None else ~inside.expand_as(target)
+        return Assignment(target, label, metric, box, ignored)
