@@ -44,7 +44,7 @@ def overlaps_kernel(
     anchors, inside, targets, crowd, p_ratio, p_highest, n_targets, n_crowd, n_anchors, n_blocks,
     IGNORE: tl.constexpr, EPS: tl.constexpr, BT: tl.constexpr, BA: tl.constexpr,
 ):  # fmt: skip
-    """BT targets against BA anchors: IoUs, -1 where an anchor may not be had; and the largest."""
+    """BT targets against BA anchors: IoUs, -1 where one may not be assigned; and the largest."""
     row, _, anchor = block_of(n_blocks, BA)
     b = row // tl.cdiv(n_targets, BT)
     first_target = (row - b * tl.cdiv(n_targets, BT)) * BT

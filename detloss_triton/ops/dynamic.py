@@ -20,7 +20,7 @@ from .classification import dense, quality_focal
 LOG_EPS = 1e-7
 # What the logarithms of a binary cross-entropy are at least, as torch's.
 LOWEST_LOG = -100.0
-# A cost counts as this at most, and pairs that only share a candidate cost that much more.
+# A cost counts as this at most; and as much is added where an anchor is not inside and near.
 HIGHEST_COST = 1e5
 # Of |s - p| in the class cost of soft labels.
 SOFT_POWER = 2.0
