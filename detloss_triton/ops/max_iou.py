@@ -78,7 +78,9 @@ def assign_max_iou(
     a, t = (x.to(arithmetic_dtype(anchors, targets)) for x in (anchors, targets))
     thresholds = (pos_iou, neg_low, neg_high, min_pos_iou)
     is_out = _out(a, inside, ignored, ignore_iof, len(labels))
-    target, is_ignored = _chosen(a, is_out, real(labels, counts), t, thresholds, gt_max_assign_all)
+    target, is_ignored = _chosen(
+        _columns(a), is_out, real(labels, counts), t, thresholds, gt_max_assign_all
+    )
     return *told(target, a, labels, t), is_ignored
 
 
@@ -101,12 +103,13 @@ def _(
     a, t = (x.to(arithmetic_dtype(anchors, targets)) for x in (anchors, targets))
     thresholds = (pos_iou, neg_low, neg_high, min_pos_iou)
     is_out = _out(a, inside, ignored, ignore_iof, len(labels))
+    box = _columns(a)
     target = labels.new_empty((len(labels), len(a)), dtype=torch.int64)
     is_ignored = torch.empty_like(target, dtype=torch.bool)
     for i, n in enumerate(counts.clamp(0, labels.shape[1]).tolist()):
         here = slice(i, i + 1)
         target[i], is_ignored[i] = _chosen(
-            a,
+            box,
             None if is_out is None else is_out[here],
             labels[here, :n] >= 0,
             t[here, :n],
@@ -117,7 +120,7 @@ def _(
 
 
 def _chosen(
-    anchors: Tensor,
+    box: Columns,
     is_out: Tensor | None,
     is_real: Tensor,
     targets: Tensor,
@@ -126,9 +129,8 @@ def _chosen(
 ) -> tuple[Tensor, Tensor]:
     """(B, A) target or -1, and whether it is ignored."""
     pos_iou, neg_low, neg_high, min_pos_iou = thresholds
-    (n_images, n_targets), n_anchors = is_real.shape, len(anchors)
-    box = _columns(anchors)
-    most = anchors.new_full((n_images, n_anchors), -1)
+    (n_images, n_targets), n_anchors = is_real.shape, len(box[0])
+    most = targets.new_full((n_images, n_anchors), -1)
     which = torch.full_like(most, -1, dtype=torch.int64)
     taken = which.clone()
     for some in parts(n_targets if n_anchors else 0, most.numel()):
@@ -140,7 +142,7 @@ def _chosen(
         which = torch.where(largest > most, index + some.start, which)
         most = torch.maximum(largest, most)
         highest, anchor = ratio.max(2, keepdim=True)
-        index = torch.arange(n_targets, device=anchors.device)[some].unsqueeze(1)
+        index = torch.arange(n_targets, device=targets.device)[some].unsqueeze(1)
         index = torch.where(highest >= min_pos_iou, index, -1)
         if gt_max_assign_all:
             taken = torch.maximum(taken, torch.where(ratio == highest, index, -1).amax(1))
