@@ -1,6 +1,6 @@
 """Losses of object-detection training: exact, fused, without host synchronisation."""
 
-from . import functional
+from . import anchors, assigners, functional
 from .backend import use_backend
 from .coders import DeltaXYWHBBoxCoder, DistancePointBBoxCoder
 from .criteria import (
@@ -56,6 +56,8 @@ __all__ = [
     "Vec2Box",
     "YOLOXCriterion",
     "YOLOv9Criterion",
+    "anchors",
+    "assigners",
     "functional",
     "graphed",
     "smooth_l1_loss",

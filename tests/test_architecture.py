@@ -23,7 +23,7 @@ FLOORS = (
     ("engine",),
     ("validate", "reduction"),
     ("ops",),
-    ("losses", "functional", "coders", "matchers", "targets", "vec2box"),
+    ("losses", "functional", "coders", "matchers", "targets", "vec2box", "anchors", "assigners"),
     ("criteria",),
     ("graphs", "recorded"),
     ("", "selfcheck"),

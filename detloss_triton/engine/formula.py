@@ -90,6 +90,8 @@ class Formula:
         self.launcher: Callable[..., Any] | None = None
         # What a CPU runs in place of the reference.
         self.cpu_form: Callable[..., Any] | None = None
+        # What a graph that does not look inside takes the results' shapes from.
+        self.shapes = reference
         # Of the inputs, why a kernel cannot hold them; empty if it can.
         self.beyond: Callable[..., str] = lambda *inputs: ""
         self.__doc__ = reference.__doc__
@@ -130,6 +132,15 @@ class Formula:
         self._check_parameters("form for a CPU", form)
         self.cpu_form = form
         return form
+
+    def shaped_as(self, shapes: Callable[..., Any]) -> Callable[..., Any]:
+        """Register what makes tensors like the results, where the reference looks at sizes.
+
+        A graph for any number of boxes knows no number to cut into pieces.
+        """
+        self._check_parameters("shapes", shapes)
+        self.shapes = shapes
+        return shapes
 
     def limited(self, beyond: Callable[..., str]) -> Callable[..., str]:
         """Register what the kernel cannot hold: of the inputs, why not, or an empty string."""

@@ -24,6 +24,7 @@ _TYPES = {
     "bool": "bool",
     "str": "str",
     "tuple[float, ...]": "float[]",
+    "tuple[int, ...]": "SymInt[]",
     "tuple[Tensor, ...]": "Tensor[]",
     "Tensor | None": "Tensor?",
 }
@@ -81,7 +82,8 @@ def as_operator(op: Formula, function: Callable[..., Any], suffix: str = "") -> 
     n_results = str(signature.return_annotation).count("Tensor")
     results = "Tensor" if n_results == 1 else f"({', '.join(['Tensor'] * n_results)})"
     schema = f"({', '.join(arguments)}) -> {results}"
-    return opaque(schema, op.reference, name=op.name + suffix)(function)
+    fake = lambda *arguments: op.shapes(*arguments)  # noqa: E731  (declared later)
+    return opaque(schema, fake, name=op.name + suffix)(function)
 
 
 class of_fused:
