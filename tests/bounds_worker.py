@@ -23,7 +23,9 @@ import torch
 if "device" not in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
+import pytest
 from guarded import GuardedMemory, guarded
+from quick_interpreter import quicken
 from test_criteria import made
 from test_detr import EXTRAS, Inputs, criterion_of
 from torch import Tensor
@@ -36,6 +38,7 @@ from detloss_triton.bench.batches import STRIDES
 from detloss_triton.engine import REGISTRY, Formula, FusedOp, RowOp, formula
 
 ROWS = 37
+INTEGERS = (torch.int32, torch.int64)
 SIDE: Any = sys.argv[1]
 DEVICE = torch.device("cuda" if SIDE == "device" else "cpu")
 # Of five classes the last and the first are here; else one off, far off, beyond 32 bits.
@@ -66,7 +69,7 @@ def run_op(tested: Formula, integers: torch.dtype, layout: Callable[[Tensor], Te
     # Fused ops have masks of their own in one body, whatever the constants.
     for sample in itertools.islice(of_all, 1 if isinstance(tested, FusedOp) else None):
         inputs: Any = engine.mapped(
-            lambda x: placed(layout(x if x.is_floating_point() else hostile(x.to(integers)))),
+            lambda x: placed(layout(hostile(x.to(integers)) if x.dtype in INTEGERS else x)),
             sample.inputs,
         )
         inputs = tested.with_leaves(formula.Sample(inputs, sample.params))[0].inputs
@@ -164,6 +167,7 @@ def run(name: str) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
+    quicken(pytest.MonkeyPatch())
     if "planted" in sys.argv:
         name, *error = PLANTED[SIDE]
         plant(*error)

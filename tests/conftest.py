@@ -7,10 +7,8 @@ out all kernels.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from machine import DEVICE, TESTS, why_no_interpreter, why_no_kernels
+from quick_interpreter import quicken
 
 from detloss_triton import use_backend, warn
 
@@ -55,25 +54,9 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def patched_once() -> Iterator[None]:
-    """Have Triton's interpreter patch the language it interprets once, and for good.
-
-    It does so for each launch and again for each device function that a kernel calls, which takes
-    a third of its time.
-    """
-    interpreter = sys.modules.get("triton.runtime.interpreter")
+def quick_interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        if os.environ.get("TRITON_INTERPRET") == "1" and hasattr(interpreter, "_LangPatchScope"):
-            patch_language = interpreter._patch_lang
-            patched: set[str] = set()
-
-            def once(function: Any) -> Any:
-                if function.__module__ not in patched:
-                    patched.add(function.__module__)
-                    patch_language(function)
-                return interpreter._LangPatchScope()  # with nothing to restore
-
-            patch.setattr(interpreter, "_patch_lang", once)
+        quicken(patch)
         yield
 
 

@@ -87,7 +87,7 @@ def clear(case: Case) -> Tensor:
 
 
 def golden() -> list[Tensor]:
-    return unpacked(torch.load(TESTS / "golden" / "assigners.pt"))
+    return unpacked(torch.load(TESTS / "golden" / "assigners" / "otx.pt"))
 
 
 def unpacked(codes_of_all: Tensor) -> list[Tensor]:
@@ -122,7 +122,7 @@ def test_the_golden_answers_are_otx_s(tmp_path: Any) -> None:
     program = [sys.executable, TESTS / "assigner_cases.py", path]
     run = subprocess.run(program, env=environment(), capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert torch.equal(torch.load(path), torch.load(TESTS / "golden" / "assigners.pt"))
+    assert torch.equal(torch.load(path), torch.load(TESTS / "golden" / "assigners" / "otx.pt"))
 
 
 @pytest.mark.parametrize("name", NAMES)
