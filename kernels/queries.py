@@ -8,7 +8,7 @@ load what it needs. No index is read through unless it is in range.
 import triton
 import triton.language as tl
 
-from .classes import class_rows
+from .classes import class_rows, softmax_rows
 from .dense import put_sum, upstream_of
 from .math import (
     added,
@@ -76,6 +76,20 @@ def zero_rows(tensor, at, m_row, n_features, BC: tl.constexpr):
         tl.store(tile_pointers(tensor, at, column.to(tl.int64)), 0.0, mask=m_tile)
 
 
+@triton.jit
+def classes_of(tensors, m_row, label, rows, n_classes, LOSS: tl.constexpr, BC: tl.constexpr):
+    """As `class_rows`, of rows (score, scale) at (0, 0), or of a softmax."""
+    score, scale = rows
+    if LOSS[0] == "softmax":
+        total = softmax_rows(tensors, (0, 0), m_row, label, scale, n_classes, BC)
+    else:
+        logits, dlogits = tensors
+        total = class_rows(
+            (logits, dlogits, None), (0, 0), m_row, label, (score, scale), n_classes, LOSS, BC
+        )
+    return total
+
+
 _COUNTS = ["s_labels", "s_targets", "n_queries", "n_targets"]
 
 
@@ -86,10 +100,11 @@ def queries_kernel(
     CLASSES: tl.constexpr, TERMS: tl.constexpr, EPS: tl.constexpr, BR: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
-    """Varifocal, L1 and GIoU losses of BR queries of an image and layer; boxes cxcywh.
+    """Losses of classes, L1 and GIoU of BR queries of an image and layer; boxes cxcywh.
 
-    TERMS: which sum is of the classes, the distance, the overlap and the number of pairs; -1 for
-    none. Boxes follow the `union` where there is one. EPS: the least union of an IoU, of a GIoU.
+    TERMS: which sum is of the classes, the distance, the overlap, the number of pairs and the
+    weights of a softmax; -1 for none. Boxes follow the `union` where there is one. EPS: the least
+    union of an IoU, of a GIoU.
     """
     layer, b, block = program_of_layer(len(levels), tl.cdiv(n_queries, BR))
     query = block * BR + tl.arange(0, BR)
@@ -122,22 +137,27 @@ def queries_kernel(
     box = load_box((p_boxes, 0, 0, boxes[3]), (0, 0), m_own | m_found)
 
     if TERMS[0] >= 0:
-        iou = overlap_of(box, target, m_own, EPS[0])
+        score = tl.where(m_row, 1.0, 0.0)
+        scale = score
+        if CLASSES[0] != "focal" and CLASSES[0] != "bce":
+            score = overlap_of(box, target, m_own, EPS[0])
         label = tl.load(labels[0] + b * s_labels + index * labels[1], mask=m_own, other=-1)
-        scale = tl.where(m_row, 1.0, 0.0)
+        if TERMS[4] >= 0:
+            is_object = (label >= 0) & (label < n_classes - 1)
+            label = tl.where(is_object, label, n_classes - 1)
+            scale = tl.where(is_object, scale, scale * CLASSES[1])
         of_layer = (p_logits, 0, 0, logits[3])
         if p_dout is None:
-            total = class_rows(
-                (of_layer, None, None), (0, 0), m_row, label, (iou, scale), n_classes, CLASSES, BC
-            )
+            given = (score, scale)
+            total = classes_of((of_layer, None), m_row, label, given, n_classes, CLASSES, BC)
             put_sum(p_out, TERMS[0], total)
+            if TERMS[4] >= 0:
+                put_sum(p_out, TERMS[4], scale)
         elif dlogits is not None:
             scale *= upstream_of(p_dout, p_scale, TERMS[0] * len(levels) + layer)
             by_layer = (p_dlogits, 0, 0, dlogits[3])
-            class_rows(
-                (of_layer, by_layer, None), (0, 0), m_row, label, (iou, scale), n_classes, CLASSES,
-                BC,
-            )  # fmt: skip
+            given = (score, scale)
+            classes_of((of_layer, by_layer), m_row, label, given, n_classes, CLASSES, BC)
 
     elif dlogits is not None:
         zero_rows((p_dlogits, 0, 0, dlogits[3]), (0, 0), m_row, n_classes, BC)

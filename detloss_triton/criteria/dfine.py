@@ -25,9 +25,6 @@ from .set_prediction import (
     named_losses,
 )
 
-# The losses that need no distributions.
-_PLAIN = ("loss_vfl", "loss_bbox", "loss_giou")
-
 
 class DFINECriterion(LocalByLayer, ours=True):
     """Losses of D-FINE (Peng et al., 2024, https://arxiv.org/abs/2410.13842).
@@ -35,10 +32,13 @@ class DFINECriterion(LocalByLayer, ours=True):
     Args:
         weight_dict: factors of "loss_vfl", "loss_bbox", "loss_giou", "loss_fgl", "loss_ddf"; a loss
             without one is dropped, as in OTX (in `DetrCriterion` it has 1). Other keys weigh
-            nothing: they are warned of, and so is a dictionary without "loss_vfl".
-        alpha, gamma: of the varifocal loss.
+            nothing: they are warned of, and so is a dictionary without the one of classes.
+        alpha, gamma: of the classification loss.
         num_classes: number of classes C.
         reg_max: bins of a side's distribution less one, even.
+        losses: "boxes", "local", and one of classes, as in `DetrCriterion`: DEIM's are
+            ["mal", "boxes", "local"].
+        mal_alpha, eos_coef: as in `DetrCriterion`.
     """
 
     entries = (
@@ -50,7 +50,10 @@ class DFINECriterion(LocalByLayer, ours=True):
         "up",
         "reg_scale",
     )
-    loss_names = (*SetCriterion.loss_names, "loss_fgl", "loss_ddf")
+    other_losses: ClassVar[dict[str, tuple[str, ...]]] = {
+        **SetCriterion.other_losses,
+        "local": ("loss_fgl", "loss_ddf"),
+    }
     without_weight = "no classification loss is computed"
     matched_layers: ClassVar[dict[str, str]] = {
         "aux_outputs": "_aux_",
@@ -66,8 +69,20 @@ class DFINECriterion(LocalByLayer, ours=True):
         gamma: float = 2.0,
         num_classes: int = 80,
         reg_max: int = 32,
+        *,
+        losses: Sequence[str] | None = None,
+        mal_alpha: float | None = None,
+        eos_coef: float = 0.1,
     ) -> None:
-        super().__init__(weight_dict, alpha, gamma, num_classes)
+        super().__init__(
+            weight_dict,
+            alpha,
+            gamma,
+            num_classes,
+            losses=losses,
+            mal_alpha=mal_alpha,
+            eos_coef=eos_coef,
+        )
         name = type(self).__name__
         check_counts(name, 4, reg_max=reg_max)
         if reg_max % 2:
@@ -111,7 +126,12 @@ class DFINECriterion(LocalByLayer, ours=True):
         owns = [self._own_matches(layers, step) for layers in step.main]
         matches = owns[0][0] if len(owns) == 1 else torch.cat([found for found, _ in owns])
         union = union_of_matches(matches, n_targets=step.targets.labels.shape[1])
-        weights = {name: self.weight_dict[name] for name in _PLAIN if name in self.weight_dict}
+        local = self.other_losses["local"]
+        weights = {
+            name: self.weight_dict[name]
+            for name in self.loss_names
+            if name in self.weight_dict and name not in local
+        }
         losses = {}
         for layers, own in zip(step.main, owns, strict=True):
             losses.update(self._query_losses(layers, own, step.norm, weights, union))
@@ -182,7 +202,8 @@ class DFINECriterion(LocalByLayer, ours=True):
         every = range(len(layers.outputs))
         with_corners = [i for i in every if layers.outputs[i].get("pred_corners") is not None]
         taught = [i for i in with_corners if layers.outputs[i].get("teacher_corners") is not None]
-        weights = self.weight_dict if weights is None else weights
+        if weights is None:
+            weights = self.weight_dict if "local" in self.losses else {}
         names = ("loss_fgl", "loss_ddf") if taught else ("loss_fgl",)
         weights = {name: weights[name] for name in names if name in weights}
         if not weights or not with_corners:
@@ -224,8 +245,10 @@ class DFINECriterion(LocalByLayer, ours=True):
             losses.pop(f"loss_ddf{suffix}", None)
         return losses
 
-    def _of_layers(self, layers: Layers, found: Matches, norm: Tensor) -> dict[str, Tensor]:
-        return self._query_losses(layers, found, norm, dict.fromkeys(_PLAIN, 1.0))
+    def _of_layers(
+        self, names: Sequence[str], layers: Layers, found: Matches, norm: Tensor
+    ) -> dict[str, Tensor]:
+        return self._query_losses(layers, found, norm, dict.fromkeys(names, 1.0))
 
     def _local_of_layer(
         self, outputs: Output, layers: Layers, found: Matches, norm: Tensor, temperature: float

@@ -54,6 +54,16 @@ NamedLayers = Sequence[tuple[str, Output]]
 # (1 or L, B, Q) target of each query, -1 for none, and the targets.
 Matches = tuple[Tensor, Targets]
 
+# Of each name that `losses` may have for a classification loss: its key, and its formula in the op
+# `queries`.
+CLASS_LOSSES = {
+    "vfl": ("loss_vfl", "varifocal"),
+    "mal": ("loss_mal", "matchability"),
+    "focal": ("loss_focal", "focal"),
+    "bce": ("loss_bce", "bce"),
+    "ia_bce": ("loss_ce", "iou_aware"),
+    "labels": ("loss_ce", "softmax"),
+}
 MATCHING_COSTS = {"cost_class": 2.0, "cost_bbox": 5.0, "cost_giou": 2.0}
 
 
@@ -161,8 +171,8 @@ class SetCriterion(nn.Module):
 
     # What is read of each layer's output, where it is there.
     entries: tuple[str, ...] = ("pred_logits", "pred_boxes")
-    # The losses that `weight_dict` may weigh.
-    loss_names: tuple[str, ...] = ("loss_vfl", "loss_bbox", "loss_giou")
+    # The keys of what else `losses` may name.
+    other_losses: ClassVar[dict[str, tuple[str, ...]]] = {"boxes": ("loss_bbox", "loss_giou")}
     # What becomes of a loss without a weight.
     without_weight = "it weighs 1"
     # Entries of the outputs that hold further layers, and the suffixes of their losses; one that
@@ -176,17 +186,42 @@ class SetCriterion(nn.Module):
         alpha: float = 0.2,
         gamma: float = 2.0,
         num_classes: int = 80,
+        *,
+        losses: Sequence[str] | None = None,
+        mal_alpha: float | None = None,
+        eos_coef: float = 0.1,
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        check_numbers(name, alpha=alpha, gamma=gamma)
+        check_numbers(name, alpha=alpha, gamma=gamma, eos_coef=eos_coef)
+        if mal_alpha is not None:
+            check_numbers(name, mal_alpha=mal_alpha)
         check_counts(name, 1, num_classes=num_classes)
+        self.losses = self._chosen(losses)
+        self.mal_alpha = mal_alpha
+        self.eos_coef = eos_coef
         self.weight_dict = weight_dict
         self.matcher: Any = HungarianMatcher(MATCHING_COSTS)
         self.alpha = alpha
         self.gamma = gamma
         self.num_classes = num_classes
         self._check_weights()
+
+    @property
+    def class_loss(self) -> str:
+        """The key of the classification loss; empty without one."""
+        return next((CLASS_LOSSES[x][0] for x in self.losses if x in CLASS_LOSSES), "")
+
+    @property
+    def formula(self) -> str:
+        """Of the classification loss, in the op `queries`."""
+        return next((CLASS_LOSSES[x][1] for x in self.losses if x in CLASS_LOSSES), "varifocal")
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """The losses that `weight_dict` may weigh."""
+        others = [key for x, keys in self.other_losses.items() if x in self.losses for key in keys]
+        return (self.class_loss, *others) if self.class_loss else tuple(others)
 
     def extra_repr(self) -> str:
         return described(self, matcher=self._matches_at_once())
@@ -321,9 +356,9 @@ class SetCriterion(nn.Module):
             return {}
         matches, targets = found
         logits, boxes = layers.logits, layers.boxes
-        if "loss_vfl" not in weights:
+        if self.class_loss not in weights:
             logits = tuple(x.detach() for x in logits)
-        if set(weights) == {"loss_vfl"}:
+        if set(weights) == {self.class_loss}:
             boxes = tuple(x.detach() for x in boxes)
         return named_losses(
             queries,
@@ -336,10 +371,17 @@ class SetCriterion(nn.Module):
             (norm,),
             weights=weights,
             suffixes=layers.suffixes,
-            alpha=float(self.alpha),
+            classes=self.formula,
+            alpha=float(self._alpha()),
             gamma=float(self.gamma),
             added=added,
         )
+
+    def _alpha(self) -> float:
+        """What the formula takes for it."""
+        if self.formula == "matchability":
+            return 1.0 if self.mal_alpha is None else self.mal_alpha
+        return self.eos_coef if self.formula == "softmax" else self.alpha
 
     def _denoising_norm(self, step: Step) -> Tensor:
         assert step.positives is not None
@@ -354,6 +396,21 @@ class SetCriterion(nn.Module):
             and "forward" not in matcher.__dict__
             and not has_hooks(matcher)
         )
+
+    def _chosen(self, losses: Sequence[str] | None) -> list[str]:
+        """The names of the losses to compute.
+
+        Raises:
+            ValueError: for a name that is none, or several of classes.
+        """
+        if losses is None:
+            return ["vfl", *self.other_losses]
+        name, known = type(self).__name__, (*CLASS_LOSSES, *self.other_losses)
+        if isinstance(losses, str) or not set(losses) <= set(known):
+            raise ValueError(f"{name}: losses must be a list of {', '.join(known)}, got {losses!r}")
+        if len(of_classes := [x for x in losses if x in CLASS_LOSSES]) > 1:
+            raise ValueError(f"{name}: losses must have one of classes, got {of_classes}")
+        return list(losses)
 
     def _check_parts(self) -> None:
         """Raise TypeError for a matcher that cannot be called."""
@@ -375,7 +432,11 @@ class SetCriterion(nn.Module):
 
     def _widths(self, output: Output) -> dict[str, int | str]:
         """What a layer's output must hold, and the last dimension of each."""
-        return {"pred_logits": self.num_classes, "pred_boxes": 4}
+        return {"pred_logits": self._n_logits(), "pred_boxes": 4}
+
+    def _n_logits(self) -> int:
+        """Of a query: the last is of no object, where there is a softmax."""
+        return self.num_classes + (self.formula == "softmax")
 
     def _check_shapes(self, main: NamedLayers, denoising: NamedLayers = ()) -> None:
         """Check that all layers are of the same images and classes; of a kind, of as many queries.
@@ -396,13 +457,14 @@ class SetCriterion(nn.Module):
                     kind = type(output[key]).__name__
                     raise TypeError(f"{name}: outputs{suffix} {key} must be a tensor, got {kind}")
             shape = output["pred_logits"].shape
-            if suffix.startswith("_enc_") and shape[-1:] == (1,):
+            if suffix.startswith("_enc_") and shape[-1:] == (1,) and self.formula != "softmax":
                 # An encoder may tell objects from background only.
                 widths["pred_logits"] = 1
-            elif shape[-1:] != (self.num_classes,):
+            elif shape[-1:] != (self._n_logits(),):
+                more = " + 1" if self.formula == "softmax" else ""
                 raise ValueError(
                     f"{name}: outputs{suffix} pred_logits must have shape (B, {n_queries}, "
-                    f"num_classes) with num_classes = {self.num_classes}, got {tuple(shape)}"
+                    f"num_classes{more}) with num_classes = {self.num_classes}, got {tuple(shape)}"
                 )
             for key, width in widths.items():
                 arguments[f"outputs{suffix} {key}"] = output[key], ("B", n_queries, width)
@@ -456,8 +518,8 @@ class SetCriterion(nn.Module):
         if unknown:
             known = ", ".join(self.loss_names)
             faults.append(f"has {', '.join(unknown)}, which weigh nothing: the losses are {known}")
-        if "loss_vfl" not in weights:
-            faults.append(f"has no loss_vfl: {self.without_weight}")
+        if self.class_loss not in ("", *weights):
+            faults.append(f"has no {self.class_loss}: {self.without_weight}")
         if faults:
             self._warn(f"weight_dict {'; it '.join(faults)}")
 

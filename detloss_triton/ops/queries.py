@@ -30,7 +30,14 @@ from detloss_triton.engine import (
 from detloss_triton.engine.formula import FusedCall
 from detloss_triton.precision import arithmetic_dtype, at_least_float32
 
-from .classification import varifocal
+from .classification import (
+    LEAST_TARGET,
+    binary_cross_entropy,
+    iou_aware,
+    matchability,
+    sigmoid_focal,
+    varifocal,
+)
 from .distribution import MAX_BINS, distillation, rows_and_warps, two_bin
 from .matching import are_of_one_layout, of_one_layout
 from .regression import GIOU_EPS, UNION_EPS, giou_loss, iou_loss, l1
@@ -128,11 +135,16 @@ def _some_matches(generator: torch.Generator, n_targets: int, *shape: int) -> Te
 
 def _queries_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
     n_images, n_layers, n_targets = 2, 3, 5
-    for n_classes, losses, by_union, gamma in (
-        (7, "loss_giou loss_bbox loss_vfl", False, 2.0),
-        (20, "loss_vfl loss_bbox loss_giou", True, 1.5),
-        (1, "loss_bbox", True, 2.0),
-        (3, "loss_vfl", False, 2.0),
+    for n_classes, losses, classes, by_union, gamma in (
+        (7, "loss_giou loss_bbox loss_vfl", "varifocal", False, 2.0),
+        (20, "loss_vfl loss_bbox loss_giou", "varifocal", True, 1.5),
+        (1, "loss_bbox", "varifocal", True, 2.0),
+        (3, "loss_vfl", "varifocal", False, 2.0),
+        (20, "loss_bbox loss_ce", "softmax", True, 2.0),
+        (3, "loss_mal loss_giou", "matchability", False, 1.5),
+        (20, "loss_ce", "iou_aware", True, 2.0),
+        (3, "loss_focal loss_giou", "focal", False, 2.0),
+        (3, "loss_bce", "bce", False, 2.0),
     ):
         each = [
             (
@@ -156,6 +168,7 @@ def _queries_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
                 "alpha": 0.75,
                 "gamma": gamma,
                 "losses": losses,
+                "classes": classes,
                 "factors": (1.0, 2.5, 0.5)[: len(losses.split())],
                 "added": 0.25,
             },
@@ -174,13 +187,16 @@ def queries(
     alpha: float,
     gamma: float,
     losses: str,
+    classes: str,
     factors: tuple[float, ...],
     added: float,
 ) -> Tensor:
     """(losses * L,) of each of the `losses` that of every layer, summed and divided.
 
-    "loss_vfl" is varifocal, with the IoU of a pair as its target; "loss_bbox" is L1 and
-    "loss_giou" GIoU, each of pairs.
+    "loss_bbox" is L1 and "loss_giou" GIoU, each of pairs. One of another name is of `classes`:
+    "varifocal", "matchability" and "iou_aware" with the IoU of a pair as its score; "focal";
+    "bce"; or "softmax", of which the last class is that of queries without an object. These weigh
+    alpha, and it is the weighted mean.
 
     Shapes:
         logits: L of (B, Q, C). boxes: L of (B, Q, 4) cxcywh. matches: one map. union: one map of
@@ -192,19 +208,48 @@ def queries(
     stacked, names = at_least_float32(torch.stack(tuple(boxes))), losses.split()
     found = matched_targets(matches[0], labels[0], targets[0])
     values = {}
-    if "loss_vfl" in names:
+    of_classes = class_loss(losses)
+    if of_classes:
         scores = torch.stack(tuple(logits))
-        score, label = iou_of(stacked, found), found.labels.expand(scores.shape[:-1])
-        vfl = varifocal(scores, label, score, None, keep=1, alpha=alpha, gamma=gamma)
-        values["loss_vfl"] = vfl / divisor[0]
+        label = found.labels.expand(scores.shape[:-1])
+        score = iou_of(stacked, found) if classes in _SCORED else None
+        if classes == "softmax":
+            values[of_classes] = _softmax(scores, label, alpha)
+        elif classes == "bce":
+            each = binary_cross_entropy(scores, label, None, None, keep=1)
+            values[of_classes] = each / divisor[0]
+        else:
+            op = _SCORED.get(classes, sigmoid_focal)
+            each = op(scores, label, score, None, keep=1, alpha=alpha, gamma=gamma)
+            values[of_classes] = each / divisor[0]
     norm = divisor[0] + added if added else divisor[0]
     if union:
         found = matched_targets(union[0], labels[0], targets[0])
         norm = found.matched.sum().clamp(min=1)
-    if names != ["loss_vfl"]:
+    if names != [of_classes]:
         distance, overlap = _box_losses(stacked, found)
         values["loss_bbox"], values["loss_giou"] = distance / norm, overlap / norm
     return torch.cat([values[x] * factor for x, factor in zip(names, factors, strict=True)])
+
+
+# The losses of classes whose score is the IoU.
+_SCORED = {"varifocal": varifocal, "matchability": matchability, "iou_aware": iou_aware}
+
+
+def class_loss(losses: str) -> str:
+    """The one that is of classes among some losses' names; empty without one."""
+    return next((x for x in losses.split() if x not in ("loss_bbox", "loss_giou")), "")
+
+
+def _softmax(scores: Tensor, label: Tensor, of_nothing: float) -> Tensor:
+    """(L,): cross-entropy, the mean weighted with `of_nothing` where there is no object."""
+    last = scores.shape[-1] - 1
+    is_object = (label >= 0) & (label < last)
+    weight = is_object.to(torch.float32).masked_fill(~is_object, of_nothing)
+    label = label.masked_fill(~is_object, last)
+    total = two_bin(scores, label, None, None, weight=weight, keep=1)
+    norm = weight.sum((1, 2))
+    return total / torch.where(norm > 0, norm, 1)
 
 
 def _box_losses(boxes: Tensor, found: Matched) -> tuple[Tensor, Tensor]:
@@ -232,6 +277,7 @@ def _(
     alpha: float,
     gamma: float,
     losses: str,
+    classes: str,
     factors: tuple[float, ...],
     added: float,
 ) -> Plan:
@@ -239,13 +285,17 @@ def _(
     columns = min(power_of_2(n_classes), 16)
     rows = TILE // columns
     names = losses.split()
+    of_classes = class_loss(losses)
+    by_weight = classes == "softmax" and bool(of_classes)
     by_count = (OWN_SUM, len(names)) if union else (DIVISOR, float(added))
-    divided = {"loss_vfl": (DIVISOR, 0.0), "loss_bbox": by_count, "loss_giou": by_count}
+    n_sums = len(names) + bool(union) + by_weight
+    mean = (OWN_SUM, n_sums - 1) if by_weight else (DIVISOR, 0.0)
+    divided = {of_classes: mean, "loss_bbox": by_count, "loss_giou": by_count}
     row_of = [names.index(name) if name in names else -1 for name in divided]
     return _Layered(
         kernels.queries.queries_kernel,
         terms=tuple((float(f), *divided[x]) for x, f in zip(names, factors, strict=True)),
-        n_sums=len(names) + bool(union),
+        n_sums=n_sums,
         blocks=(-(-n_queries // rows),),
         n_repeats=n_images,
         n_segments=len(logits),
@@ -260,8 +310,8 @@ def _(
             "n_queries": n_queries,
             "n_targets": labels[0].shape[1],
             "n_classes": n_classes,
-            "CLASSES": ("varifocal", float(alpha), float(gamma)),
-            "TERMS": (*row_of, len(names) if union else -1),
+            "CLASSES": (classes, float(alpha), float(gamma), LEAST_TARGET),
+            "TERMS": (*row_of, len(names) if union else -1, n_sums - 1 if by_weight else -1),
             "EPS": (UNION_EPS, GIOU_EPS),
             "BR": rows,
             "BC": columns,

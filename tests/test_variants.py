@@ -1,0 +1,217 @@
+"""The variants of the set criteria that other projects train with, against formulas and theirs."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_detr import CLASSES, DETR_WEIGHTS, DFINE_WEIGHTS, QUERIES, REG_MAX, Inputs
+from torch import Tensor
+
+from detloss_triton import DetrCriterion, DFINECriterion, sum_losses
+from detloss_triton import backend as backends
+from detloss_triton.criteria.set_prediction import CLASS_LOSSES
+from detloss_triton.ops.queries import iou_of, matched_targets
+from detloss_triton.targets import pack
+
+CPU = torch.device("cpu")
+ALPHA, GAMMA, EOS = 0.3, 1.5, 0.1
+
+over_choices = pytest.mark.parametrize("choice", CLASS_LOSSES)
+
+
+def batch(device: torch.device, n_classes: int = CLASSES) -> Inputs:
+    """Some queries of which find their targets, so that IoUs are not all 0."""
+    inputs = Inputs([2, 3], device, torch.float32, settled=True)
+    for target in inputs.targets:
+        target["labels"] = target["labels"].clamp(max=n_classes - 1)
+    return inputs
+
+
+def classes_of(choice: str) -> int:
+    """The last logit of a softmax is of no object."""
+    return CLASSES - (choice == "labels")
+
+
+def criterion_of(choice: str, **more: Any) -> DetrCriterion:
+    return DetrCriterion(
+        {CLASS_LOSSES[choice][0]: 2.0, "loss_bbox": 5.0, "loss_giou": 2.0},
+        ALPHA,
+        GAMMA,
+        classes_of(choice),
+        losses=[choice, "boxes"],
+        **more,
+    )
+
+
+def formula(choice: str, x: Tensor, label: Tensor, iou: Tensor, n_boxes: int) -> Tensor:
+    """Of logits (B, Q, C), each query's label, -1 for none, and IoU."""
+    one_hot = F.one_hot(label.clamp(min=0), x.shape[-1]) * (label >= 0).unsqueeze(-1)
+    q, p, held = iou.unsqueeze(-1) * one_hot, x.sigmoid(), x.detach().sigmoid()
+    if choice == "labels":
+        weight = x.new_ones(x.shape[-1])
+        weight[-1] = EOS
+        label = label.masked_fill(label < 0, x.shape[-1] - 1)
+        return F.cross_entropy(x.flatten(0, 1), label.flatten(), weight)
+    target, positive, negative = {
+        "vfl": (q, q, ALPHA * held**GAMMA),
+        "mal": (q**GAMMA, 1.0, held**GAMMA),
+        "focal": (one_hot, ALPHA * (1 - p) ** GAMMA, (1 - ALPHA) * p**GAMMA),
+        "bce": (one_hot, 1.0, 1.0),
+        "ia_bce": ((held**ALPHA * q ** (1 - ALPHA)).clamp(min=0.01) * one_hot, 1.0, p**GAMMA),
+    }[choice]
+    each = F.binary_cross_entropy_with_logits(x, target.to(x.dtype), reduction="none")
+    positive, negative = torch.as_tensor(positive), torch.as_tensor(negative)
+    return (each * torch.where(one_hot > 0, positive, negative)).sum() / n_boxes
+
+
+def found_by(criterion: DetrCriterion, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    """(label, IoU) of each query of the last layer, as its matcher pairs them."""
+    packed = pack(targets)
+    logits, boxes = outputs["pred_logits"].detach(), outputs["pred_boxes"].detach()
+    matches = criterion.matcher.match(logits[None], boxes[None], packed)
+    found = matched_targets(matches, packed.labels, packed.boxes)
+    return found.labels[0], iou_of(boxes[None], found)[0]
+
+
+@over_choices
+def test_classification_losses_are_their_formulas(
+    choice: str, backend: str, device: torch.device
+) -> None:
+    inputs = batch(device, classes_of(choice))
+    outputs, criterion = inputs.detr("aux", "dn"), criterion_of(choice)
+    losses = criterion(outputs, inputs.targets)
+    key = CLASS_LOSSES[choice][0]
+    names = {name.split("_aux")[0].split("_dn")[0] for name in losses}
+    assert names == {key, "loss_bbox", "loss_giou"}
+    label, iou = found_by(criterion, outputs, inputs.targets)
+    assert (iou > 0).any()
+    x = outputs["pred_logits"].detach().double().requires_grad_()
+    expected = 2.0 * formula(choice, x, label, iou.double(), 5)
+    torch.testing.assert_close(losses[key].double(), expected, rtol=2e-6, atol=0)
+    (found,) = torch.autograd.grad(losses[key], outputs["pred_logits"])
+    (true,) = torch.autograd.grad(expected, x)
+    torch.testing.assert_close(found.double(), true, rtol=1e-5, atol=1e-7)
+
+
+@over_choices
+def test_a_choice_launches_no_more(choice: str, kernels: None, device: torch.device) -> None:
+    counts = []
+    for name in ("vfl", choice):
+        inputs = batch(device, classes_of(name))
+        with backends.record_launches() as launches:
+            sum_losses(criterion_of(name)(inputs.detr("aux", "dn"), inputs.targets)).backward()
+        counts.append(len(launches))
+    assert counts[1] == counts[0]
+
+
+def test_mal_alpha_weighs_the_background() -> None:
+    inputs = batch(CPU)
+    outputs = inputs.detr()
+    one, half, none = (
+        criterion_of("mal", mal_alpha=alpha)(outputs, inputs.targets)["loss_mal"]
+        for alpha in (None, 0.5, 0.0)
+    )
+    torch.testing.assert_close(half, (one + none) / 2)
+    assert none < half
+
+
+@over_choices
+def test_dfine_takes_each(choice: str, backend: str, device: torch.device) -> None:
+    """The other losses are as ever; one without a weight, or not named, is not computed."""
+    inputs, key = batch(device, classes_of(choice)), CLASS_LOSSES[choice][0]
+    outputs = inputs.dfine("aux", "dn")
+
+    others = {name: DFINE_WEIGHTS[name] for name in DFINE_WEIGHTS if name != "loss_vfl"}
+
+    def losses_of(*names: str, **weights: float) -> dict[str, Tensor]:
+        n_classes = classes_of(choice) if choice in names else CLASSES
+        return DFINECriterion(
+            {**others, **weights}, ALPHA, GAMMA, n_classes, REG_MAX, losses=names
+        )(outputs, inputs.targets)
+
+    losses = losses_of(choice, "boxes", "local", **{key: 2.0})
+    expected = losses_of("boxes", "local")
+    assert key in losses and f"{key}_dn_1" in losses and "loss_ddf_aux_0" in losses
+    for name, loss in expected.items():
+        torch.testing.assert_close(losses[name], loss)
+    assert not any(name.startswith(key) for name in expected)
+    assert not any("fgl" in name for name in losses_of(choice, "boxes", **{key: 2.0}))
+
+
+def test_a_choice_is_checked() -> None:
+    for losses in (["vlf"], "vfl", ["boxes", "local"]):
+        with pytest.raises(ValueError, match=r"losses must be a list of .*, boxes, got"):
+            DetrCriterion(DETR_WEIGHTS, losses=losses)
+    with pytest.raises(ValueError, match=r"losses must have one of classes, got \['vfl', 'mal'\]"):
+        DFINECriterion(DFINE_WEIGHTS, losses=["vfl", "boxes", "mal"])
+    with pytest.warns(UserWarning, match="it has no loss_mal: no classification loss is computed"):
+        DFINECriterion(DFINE_WEIGHTS, losses=["mal", "boxes", "local"])
+    inputs = batch(CPU)
+    with pytest.raises(ValueError, match=r"\(B, Q, num_classes \+ 1\) with num_classes = 4"):
+        DetrCriterion(DETR_WEIGHTS, num_classes=4, losses=["labels"])(inputs.detr(), inputs.targets)
+
+
+def test_a_label_of_no_object_is_background(backend: str, device: torch.device) -> None:
+    """Also that of the last logit, which a target may not have."""
+    inputs = batch(device)
+    outputs, criterion = inputs.detr(), criterion_of("labels")
+    losses = []
+    for label in (CLASSES - 1, CLASSES + 7, -1):
+        for target in inputs.targets:
+            target["labels"] = torch.full_like(target["labels"], label)
+        losses.append(criterion(outputs, inputs.targets)["loss_ce"])
+    none = torch.full((2, QUERIES), -1, device=device)
+    x = outputs["pred_logits"].detach().double()
+    expected = 2.0 * formula("labels", x, none, none.double(), 5)
+    for loss in losses:
+        torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=0)
+
+
+# Their module, class, arguments and method of each loss.
+THEIRS: dict[str, tuple[str, str, str]] = {
+    "vfl": ("loss_rt_detr", "RTDetrLoss", "loss_labels_vfl"),
+    "bce": ("loss_rt_detr", "RTDetrLoss", "loss_labels_bce"),
+    "focal": ("loss_deformable_detr", "DeformableDetrImageLoss", "loss_labels"),
+    "mal": ("loss_deimv2", "Deimv2Loss", "loss_labels_mal"),
+    "ia_bce": ("loss_lw_detr", "LwDetrImageLoss", "loss_labels"),
+    "labels": ("loss_for_object_detection", "ImageLoss", "loss_labels"),
+}
+
+
+def theirs_of(choice: str) -> Any:
+    transformers = pytest.importorskip("transformers")
+    module, kind, method = THEIRS[choice]
+    made = getattr(importlib.import_module(f"transformers.loss.{module}"), kind)
+    n = classes_of(choice)
+    if module in ("loss_rt_detr", "loss_deimv2"):
+        config = transformers.RTDetrConfig if "rt_detr" in module else transformers.Deimv2Config
+        settings = {"focal_loss_alpha": ALPHA, "focal_loss_gamma": GAMMA}
+        loss = made(config(num_labels=n, mal_gamma=GAMMA, **settings))
+    elif choice == "labels":
+        loss = made(None, n, EOS, ["labels"])
+    else:
+        loss = made(None, n, ALPHA, ["labels"], *([1] if choice == "ia_bce" else []))
+    return getattr(loss, method)
+
+
+@over_choices
+def test_classification_losses_are_those_of_transformers(choice: str) -> None:
+    inputs, theirs = batch(CPU, classes_of(choice)), theirs_of(choice)
+    outputs = inputs.detr()
+    criterion = criterion_of(choice)
+    if choice in ("focal", "ia_bce"):  # they take no other
+        criterion.gamma = 2.0
+    pairs = criterion.matcher(outputs, inputs.targets)
+    targets = [{"class_labels": t["labels"], "boxes": t["boxes"]} for t in inputs.targets]
+    key = CLASS_LOSSES[choice][0]
+    x = outputs["pred_logits"]
+    given = {"logits": x, "pred_boxes": outputs["pred_boxes"]}
+    (expected,) = (v for k, v in theirs(given, targets, pairs, 5.0).items() if k.startswith("loss"))
+    loss = criterion(outputs, inputs.targets)[key] / 2.0
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    found, true = (torch.autograd.grad(y, x, retain_graph=True)[0] for y in (loss, expected))
+    torch.testing.assert_close(found, true, rtol=1e-5, atol=1e-7)
