@@ -6,14 +6,18 @@ import importlib
 from typing import Any
 
 import pytest
+import scipy.optimize
 import torch
 import torch.nn.functional as F
+from plain import giou, iou_union_hull, xyxy
 from test_detr import CLASSES, DETR_WEIGHTS, DFINE_WEIGHTS, QUERIES, REG_MAX, Inputs
 from torch import Tensor
 
-from detloss_triton import DetrCriterion, DFINECriterion, sum_losses
+from detloss_triton import DetrCriterion, DFINECriterion, HungarianMatcher, sum_losses
 from detloss_triton import backend as backends
-from detloss_triton.criteria.set_prediction import CLASS_LOSSES
+from detloss_triton.criteria.set_prediction import CLASS_LOSSES, MATCHING_COSTS
+from detloss_triton.engine import mapped
+from detloss_triton.ops.matching import match_cost
 from detloss_triton.ops.queries import iou_of, matched_targets
 from detloss_triton.targets import pack
 
@@ -215,3 +219,169 @@ def test_classification_losses_are_those_of_transformers(choice: str) -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     found, true = (torch.autograd.grad(y, x, retain_graph=True)[0] for y in (loss, expected))
     torch.testing.assert_close(found, true, rtol=1e-5, atol=1e-7)
+
+
+# Matching.
+
+
+def with_targets(
+    device: torch.device, n_queries: int = QUERIES, settled: bool = True
+) -> tuple[Any, Any]:
+    inputs = Inputs([2, 3], device, torch.float32, settled=settled, queries=n_queries)
+    return inputs.detr("aux"), inputs.targets
+
+
+def cheapest(outputs: Any, targets: Any, cost: Any) -> list[tuple[Tensor, Tensor]]:
+    """Of a cost of (logits (Q, C), corners (Q, 4), labels, corners (n, 4)) in float64."""
+    pairs = []
+    for logits, boxes, target in zip(
+        outputs["pred_logits"], outputs["pred_boxes"], targets, strict=True
+    ):
+        x, p = logits.detach().double().cpu(), boxes.detach().double().cpu()
+        table = cost(x, p, target["labels"].cpu(), target["boxes"].double().cpu())
+        rows, columns = scipy.optimize.linear_sum_assignment(table.numpy())
+        pairs.append((torch.as_tensor(rows), torch.as_tensor(columns)))
+    return pairs
+
+
+def assert_pairs(found: Any, expected: Any) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [x.tolist() for x in ours] == [x.tolist() for x in theirs]
+
+
+def of_softmax(x: Tensor, boxes: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    overlap = giou(*torch.broadcast_tensors(xyxy(boxes)[:, None], xyxy(targets)[None]))
+    return -2 * x.softmax(-1)[:, labels] + 5 * torch.cdist(boxes, targets, 1) - 2 * overlap
+
+
+def by_score(x: Tensor, boxes: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    pairs = torch.broadcast_tensors(xyxy(boxes)[:, None], xyxy(targets)[None])
+    return -x.sigmoid()[:, labels] * iou_union_hull(*pairs)[0] ** 1.5
+
+
+def test_a_softmax_cost(backend: str, device: torch.device) -> None:
+    outputs, targets = with_targets(device)
+    matcher = HungarianMatcher(MATCHING_COSTS, use_focal_loss=False)
+    expected = cheapest(outputs, targets, of_softmax)
+    assert_pairs(matcher(outputs, targets), expected)
+    # A criterion with a softmax takes it by itself.
+    criterion = DetrCriterion(DETR_WEIGHTS, num_classes=CLASSES - 1, losses=["labels"])
+    assert_pairs(criterion.matcher(outputs, targets), expected)
+    assert not criterion.matcher.use_focal_loss
+
+
+def test_from_an_epoch_on_score_and_iou_alone_count(backend: str, device: torch.device) -> None:
+    outputs, targets = with_targets(device, 40, settled=False)
+    how = {"change_matcher": True, "iou_order_alpha": 1.5, "matcher_change_epoch": 3}
+    criterion = DetrCriterion(
+        DETR_WEIGHTS, num_classes=CLASSES, matcher=HungarianMatcher(MATCHING_COSTS, **how)
+    )
+    plain = DetrCriterion(DETR_WEIGHTS, num_classes=CLASSES)
+    before = plain.matcher(outputs, targets)
+    after = cheapest(outputs, targets, by_score)
+    with pytest.raises(AssertionError):
+        assert_pairs(before, after)
+    for epoch, expected in ((2, before), (3, after), (2, before), (7, after)):
+        losses = criterion(outputs, targets, epoch=epoch, step=5, global_step=8, epoch_step=3)
+        assert_pairs(criterion.matcher(outputs, targets), expected)
+        same = criterion.loss_labels_vfl(outputs, targets, expected, 5)
+        torch.testing.assert_close(losses["loss_vfl"], same["loss_vfl"])
+    with pytest.raises(TypeError, match="forward got an unexpected argument 'epochs'"):
+        criterion(outputs, targets, epochs=3)
+
+
+def test_groups_are_matched_by_themselves(backend: str, device: torch.device) -> None:
+    """Each as if it were a decoder of its own; in evaluation they are one."""
+    outputs, targets = with_targets(device, 3 * QUERIES)
+    criterion = DetrCriterion(DETR_WEIGHTS, num_classes=CLASSES, group_detr=3)
+    alone = DetrCriterion(DETR_WEIGHTS, num_classes=CLASSES)
+    losses, expected = criterion(outputs, targets), []
+    for i in range(3):
+        queries = slice(i * QUERIES, (i + 1) * QUERIES)
+
+        def part(layer: Any, queries: slice = queries) -> Any:
+            return {key: layer[key][:, queries] for key in ("pred_logits", "pred_boxes")}
+
+        given = {**part(outputs), "aux_outputs": list(map(part, outputs["aux_outputs"]))}
+        expected.append(alone(given, targets))
+    for key, loss in losses.items():
+        torch.testing.assert_close(loss, sum(each[key] for each in expected) / 3, msg=key)
+    of_one = alone(outputs, targets)
+    assert not torch.isclose(losses["loss_bbox"], of_one["loss_bbox"])
+    for key, loss in criterion.eval()(outputs, targets).items():
+        torch.testing.assert_close(loss, of_one[key])
+
+
+def test_a_matcher_may_be_given() -> None:
+    outputs, targets = with_targets(CPU)
+    for criterion in (DetrCriterion, DFINECriterion):
+        of_costs = criterion(DETR_WEIGHTS, num_classes=CLASSES, matcher={"cost_giou": 3})
+        assert of_costs.matcher.cost_dict == {"cost_giou": 3}
+        ours = of_costs.matcher
+        # By the names that upstream's configurations give, in their order.
+        given = criterion(
+            matcher=lambda outputs, targets, ours=ours: {"indices": ours(outputs, targets)},
+            weight_dict=DETR_WEIGHTS,
+            losses=["vfl", "boxes"],
+            alpha=0.2,
+            gamma=2.0,
+            num_classes=CLASSES,
+        )
+        found, expected = given(outputs, targets), of_costs(outputs, targets)
+        for key, loss in expected.items():
+            torch.testing.assert_close(found[key], loss)
+    with pytest.raises(TypeError, match="group_detr > 1 needs a HungarianMatcher"):
+        DetrCriterion(
+            DETR_WEIGHTS, num_classes=CLASSES, group_detr=2, matcher=lambda *args: given.matcher
+        )(outputs, targets)
+    with pytest.raises(ValueError, match=r"6 queries are not of 4 groups \(group_detr\)"):
+        DetrCriterion(DETR_WEIGHTS, num_classes=CLASSES, group_detr=4)(outputs, targets)
+    with pytest.raises(ValueError, match="iou_order_alpha must not be negative, got -1"):
+        HungarianMatcher(MATCHING_COSTS, iou_order_alpha=-1)
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("iou_power", [-1.0, 0.0, 1.5])
+def test_costs_of_a_kernel_are_the_references(
+    softmax: bool, iou_power: float, backend: str, device: torch.device
+) -> None:
+    """More targets and classes than a program takes, labels that are none, huge logits."""
+    generator = torch.Generator().manual_seed(0)
+    logits = tuple(torch.randn(2, 130, 35, generator=generator) * 30 for _ in range(2))
+    boxes = [0.2 + torch.rand(2, n, 4, generator=generator) / 2 for n in (130, 130, 6)]
+    labels = torch.tensor([[0, 34, 35, -1, 7, 7], [1, 2, 3, 4, 5, 6]])
+    params = {**MATCHING_COSTS, "alpha": 0.25, "gamma": 2.0}
+    params |= {"softmax": softmax, "iou_power": iou_power}
+    inputs = (logits, tuple(boxes[:2]), labels, boxes[2])
+    given = mapped(lambda x: x.to(device), inputs)
+    double = mapped(lambda x: x.double() if x.is_floating_point() else x, inputs)
+    found = match_cost(*given, **params)
+    expected = match_cost.reference(*double, **params)
+    torch.testing.assert_close(found.double().cpu(), expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_lw_detr_is_that_of_transformers(groups: int) -> None:
+    loss = pytest.importorskip("transformers.loss.loss_lw_detr")
+    outputs, targets = with_targets(CPU, 6)
+    criterion = DetrCriterion(
+        {"loss_ce": 1.0}, 0.25, num_classes=CLASSES, losses=["ia_bce", "boxes"], group_detr=groups
+    )
+    theirs = loss.LwDetrImageLoss(
+        loss.LwDetrHungarianMatcher(2, 5, 2), CLASSES, 0.25, ["labels", "boxes"], groups
+    )
+    given = {"logits": outputs["pred_logits"], "pred_boxes": outputs["pred_boxes"]}
+    expected = theirs(given, [{"class_labels": t["labels"], "boxes": t["boxes"]} for t in targets])
+    losses = criterion({key: outputs[key] for key in ("pred_logits", "pred_boxes")}, targets)
+    for key, value in losses.items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=0, msg=key)
+
+
+def test_a_softmax_matches_as_that_of_transformers() -> None:
+    theirs = pytest.importorskip("transformers.loss.loss_for_object_detection")
+    outputs, targets = with_targets(CPU)
+    given = {"logits": outputs["pred_logits"], "pred_boxes": outputs["pred_boxes"]}
+    labels = [{"class_labels": t["labels"], "boxes": t["boxes"]} for t in targets]
+    expected = theirs.HungarianMatcher(1, 5, 2)(given, labels)
+    costs = {"cost_class": 1, "cost_bbox": 5, "cost_giou": 2}
+    assert_pairs(HungarianMatcher(costs, use_focal_loss=False)(outputs, targets), expected)

@@ -21,12 +21,16 @@ class DetrCriterion(LayerByLayer, ours=True):
             in OTX (in `DFINECriterion` it is dropped). Other keys weigh nothing, and are warned of.
         alpha, gamma: of the classification loss.
         num_classes: number of classes C.
+        matcher: what finds pairs: a `HungarianMatcher`, another project's, or the factors of the
+            costs; by default 2, 5 and 2, of a softmax where the classes are.
         losses: "boxes", and one of classes, by default "vfl": varifocal. "mal" is
             matchability-aware ("loss_mal", DEIM), "focal" ("loss_focal"), "bce" ("loss_bce"),
             "ia_bce" IoU-aware ("loss_ce", LW-DETR), and "labels" a softmax over C + 1 logits, the
             last of no object ("loss_ce", DETR).
         mal_alpha: factor of "mal" at other entries than the label, by default 1.
         eos_coef: weight of queries without an object in "labels".
+        group_detr: groups of queries, each matched by itself in training (Group DETR); the number
+            of boxes is that of all groups.
     """
 
     matched_layers: ClassVar[dict[str, str]] = {"aux_outputs": "_aux_", "enc_aux_outputs": "_enc_"}
@@ -37,6 +41,7 @@ class DetrCriterion(LayerByLayer, ours=True):
         outputs: dict[str, Any],
         targets: AnyTargets,
         num_boxes: float | Tensor | None = None,
+        **metas: Any,
     ) -> dict[str, Tensor]:
         """Losses of all layers, each with its own matching.
 
@@ -49,6 +54,8 @@ class DetrCriterion(LayerByLayer, ours=True):
                 is written to it, and predictions in other entries are warned of.
             targets: per image {"labels" (n,), "boxes" (n, 4) normalised cxcywh}, or `Targets`.
             num_boxes: normaliser; by default the number of boxes averaged over ranks, at least 1.
+            metas: "epoch", for the matcher; "step", "global_step" and "epoch_step", handed over by
+                upstream's loops too, are not read.
 
         Returns:
             Losses by key, as "loss_vfl", "loss_bbox", "loss_giou", and these with suffixes
@@ -59,11 +66,11 @@ class DetrCriterion(LayerByLayer, ours=True):
                 "dn_meta", or positives that are not one per box and group.
             TypeError: for what is no tensor, or a matcher that cannot be called.
         """
-        step = self._step(outputs, targets, num_boxes)
+        step = self._step(outputs, targets, num_boxes, metas)
         losses, names = {}, self.loss_names[::-1]
         for layers in step.main:
             own = self._own_matches(layers, step)
-            losses.update(self._of_layers(names, layers, own, step.norm))
+            losses.update(self._of_layers(names, layers, own, step.matched_norm))
         for layers in step.denoising:
             given, norm = self._given_matches(layers, step), self._denoising_norm(step)
             losses.update(self._of_layers(names, layers, given, norm))

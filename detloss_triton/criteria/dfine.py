@@ -36,9 +36,10 @@ class DFINECriterion(LocalByLayer, ours=True):
         alpha, gamma: of the classification loss.
         num_classes: number of classes C.
         reg_max: bins of a side's distribution less one, even.
+        matcher: as in `DetrCriterion`.
         losses: "boxes", "local", and one of classes, as in `DetrCriterion`: DEIM's are
             ["mal", "boxes", "local"].
-        mal_alpha, eos_coef: as in `DetrCriterion`.
+        mal_alpha, eos_coef, group_detr: as in `DetrCriterion`.
     """
 
     entries = (
@@ -70,18 +71,22 @@ class DFINECriterion(LocalByLayer, ours=True):
         num_classes: int = 80,
         reg_max: int = 32,
         *,
+        matcher: Any = None,
         losses: Sequence[str] | None = None,
         mal_alpha: float | None = None,
         eos_coef: float = 0.1,
+        group_detr: int = 1,
     ) -> None:
         super().__init__(
             weight_dict,
             alpha,
             gamma,
             num_classes,
+            matcher=matcher,
             losses=losses,
             mal_alpha=mal_alpha,
             eos_coef=eos_coef,
+            group_detr=group_detr,
         )
         name = type(self).__name__
         check_counts(name, 4, reg_max=reg_max)
@@ -94,6 +99,7 @@ class DFINECriterion(LocalByLayer, ours=True):
         outputs: dict[str, Any],
         targets: AnyTargets,
         num_boxes: float | Tensor | None = None,
+        **metas: Any,
     ) -> dict[str, Tensor]:
         """Losses of all layers.
 
@@ -112,6 +118,8 @@ class DFINECriterion(LocalByLayer, ours=True):
                 is written to it, and predictions in other entries are warned of.
             targets: per image {"labels" (n,), "boxes" (n, 4) normalised cxcywh}, or `Targets`.
             num_boxes: normaliser; by default the number of boxes averaged over ranks, at least 1.
+            metas: "epoch", for the matcher; "step", "global_step" and "epoch_step", handed over by
+                upstream's loops too, are not read.
 
         Returns:
             The weighted losses, suffixed `_aux_i`, `_pre`, `_enc_i`, `_dn_i`, `_dn_pre`; 0-dim.
@@ -121,7 +129,7 @@ class DFINECriterion(LocalByLayer, ours=True):
                 "dn_meta", or positives that are not one per box and group.
             TypeError: for what is no tensor, or a matcher that cannot be called.
         """
-        step = self._step(outputs, targets, num_boxes)
+        step = self._step(outputs, targets, num_boxes, metas)
         scales = self._scales(outputs, [*step.main, *step.denoising])
         owns = [self._own_matches(layers, step) for layers in step.main]
         matches = owns[0][0] if len(owns) == 1 else torch.cat([found for found, _ in owns])
@@ -134,9 +142,9 @@ class DFINECriterion(LocalByLayer, ours=True):
         }
         losses = {}
         for layers, own in zip(step.main, owns, strict=True):
-            losses.update(self._query_losses(layers, own, step.norm, weights, union))
+            losses.update(self._query_losses(layers, own, step.matched_norm, weights, union))
             of_union = self._local(
-                layers, (union, step.targets), step.norm, union, scales, by_count=True
+                layers, (union, step.targets), step.matched_norm, union, scales, by_count=True
             )
             losses.update(of_union)
         for layers in step.denoising:

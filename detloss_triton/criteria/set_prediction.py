@@ -64,6 +64,9 @@ CLASS_LOSSES = {
     "ia_bce": ("loss_ce", "iou_aware"),
     "labels": ("loss_ce", "softmax"),
 }
+_ARGUMENTS = ("outputs", "targets", "num_boxes")
+# What upstream's training loops hand to a criterion besides.
+_METAS = ("epoch", "step", "global_step", "epoch_step")
 MATCHING_COSTS = {"cost_class": 2.0, "cost_bbox": 5.0, "cost_giou": 2.0}
 
 
@@ -151,7 +154,7 @@ class Step:
     Args:
         main: layers that are matched. denoising: layers whose pairs are given.
         images: the targets as a matcher of another project takes them.
-        norm: () the number of boxes.
+        norm: () the number of boxes. matched_norm: () that of all groups of matched queries.
     """
 
     main: list[Layers]
@@ -160,6 +163,7 @@ class Step:
     images: AnyTargets
     positives: Positives | None
     norm: Tensor
+    matched_norm: Tensor
 
 
 class SetCriterion(nn.Module):
@@ -187,21 +191,27 @@ class SetCriterion(nn.Module):
         gamma: float = 2.0,
         num_classes: int = 80,
         *,
+        matcher: Any = None,
         losses: Sequence[str] | None = None,
         mal_alpha: float | None = None,
         eos_coef: float = 0.1,
+        group_detr: int = 1,
     ) -> None:
         super().__init__()
         name = type(self).__name__
         check_numbers(name, alpha=alpha, gamma=gamma, eos_coef=eos_coef)
         if mal_alpha is not None:
             check_numbers(name, mal_alpha=mal_alpha)
-        check_counts(name, 1, num_classes=num_classes)
+        check_counts(name, 1, num_classes=num_classes, group_detr=group_detr)
         self.losses = self._chosen(losses)
         self.mal_alpha = mal_alpha
         self.eos_coef = eos_coef
+        self.group_detr = group_detr
         self.weight_dict = weight_dict
-        self.matcher: Any = HungarianMatcher(MATCHING_COSTS)
+        if matcher is None or isinstance(matcher, Mapping):
+            costs, by_sigmoid = matcher or MATCHING_COSTS, self.formula != "softmax"
+            matcher = HungarianMatcher(costs, use_focal_loss=by_sigmoid)
+        self.matcher: Any = matcher
         self.alpha = alpha
         self.gamma = gamma
         self.num_classes = num_classes
@@ -243,6 +253,7 @@ class SetCriterion(nn.Module):
         With several ranks also the normaliser, as these may hold targets of different shapes.
         """
         outputs, num_boxes = arguments["outputs"], arguments.get("num_boxes")
+        self._read_metas({k: v for k, v in arguments.items() if k not in _ARGUMENTS})
         targets, dn_meta = self.prepare(arguments["targets"], outputs.get("dn_meta"))
         n_targets = targets.labels.shape[1]
         if more := max(room(n_targets) - n_targets, 0):
@@ -255,9 +266,12 @@ class SetCriterion(nn.Module):
             num_boxes = count_boxes(targets, None, outputs["pred_boxes"])
         return {"outputs": outputs, "targets": targets, "num_boxes": num_boxes}
 
-    def _step(self, outputs: Output, targets: AnyTargets, num_boxes: Any) -> Step:
+    def _step(
+        self, outputs: Output, targets: AnyTargets, num_boxes: Any, metas: Mapping[str, Any]
+    ) -> Step:
         """Check and pack the arguments of `forward`."""
         self._check_parts()
+        self._read_metas(metas)
         name = type(self).__name__
         check_mapping(name, outputs=outputs)
         boxes = outputs.get("pred_boxes")
@@ -279,9 +293,34 @@ class SetCriterion(nn.Module):
         if enabled():
             self._check_values(main, denoising, packed, positives, num_boxes)
         norm = count_boxes(packed, num_boxes, outputs["pred_boxes"])
+        groups = self._groups()
         return Step(
-            layers_by_shape(main), layers_by_shape(denoising), packed, targets, positives, norm
+            layers_by_shape(main),
+            layers_by_shape(denoising),
+            packed,
+            targets,
+            positives,
+            norm,
+            norm * groups if groups > 1 else norm,
         )
+
+    def _read_metas(self, metas: Mapping[str, Any]) -> None:
+        """Of what upstream's loops hand over besides, the matcher is told the epoch.
+
+        Raises:
+            TypeError: for an argument that they do not hand over.
+        """
+        for key in metas:
+            if key not in _METAS:
+                raise TypeError(
+                    f"{type(self).__name__}: forward got an unexpected argument {key!r}"
+                )
+        if "epoch" in metas and isinstance(self.matcher, HungarianMatcher):
+            self.matcher.set_epoch(metas["epoch"])
+
+    def _groups(self) -> int:
+        """Of queries, each of which is matched by itself; in evaluation there is one."""
+        return self.group_detr if self.training else 1
 
     def _precision(self, layers: NamedLayers) -> torch.dtype:
         """What is computed in, as predictions are; where "triton" was asked for not float64."""
@@ -322,7 +361,7 @@ class SetCriterion(nn.Module):
                 [output[key].detach() for output in layers.outputs]
                 for key in ("pred_logits", "pred_boxes")
             )
-            return self.matcher.match_layers(logits, boxes, targets), targets
+            return self._match_groups(logits, boxes, targets), targets
         if isinstance(images, Targets):
             images = unpack(images)
         found = []
@@ -335,6 +374,21 @@ class SetCriterion(nn.Module):
             counts = counts_of(images)
             found.append(map_of_indices(pairs, layers.n_queries, targets, counts, place))
         return torch.cat(found), targets
+
+    def _match_groups(self, logits: list[Tensor], boxes: list[Tensor], targets: Targets) -> Tensor:
+        """(L, B, Q) target of each query: groups of queries are matched as images are."""
+        n, (n_images, n_queries, _) = self._groups(), logits[0].shape
+        if n > 1:
+            if n_queries % n:
+                name = type(self).__name__
+                raise ValueError(f"{name}: {n_queries} queries are not of {n} groups (group_detr)")
+            logits, boxes = (
+                [x.unflatten(1, (n, -1)).flatten(0, 1) for x in layers]
+                for layers in (logits, boxes)
+            )
+            targets = Targets(*(x.repeat_interleave(n, 0) for x in targets))
+        found: Tensor = self.matcher.match_layers(logits, boxes, targets)
+        return found.reshape(len(logits), n_images, n_queries)
 
     def _given_matches(self, layers: Layers, step: Step) -> Matches:
         """(1, B, Q) target of each denoising query, and the targets."""
@@ -418,6 +472,11 @@ class SetCriterion(nn.Module):
             raise TypeError(
                 f"{type(self).__name__}: matcher must be callable with (outputs, targets), "
                 f"got {type(self.matcher).__name__}"
+            )
+        if self._groups() > 1 and not self._matches_at_once():
+            raise TypeError(
+                f"{type(self).__name__}: group_detr > 1 needs a HungarianMatcher without a call of "
+                f"its own, got {type(self.matcher).__name__}"
             )
 
     def _check_num_boxes(self, given: Any) -> None:
