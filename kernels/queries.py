@@ -60,6 +60,17 @@ def overlap_of(box, target, m_found, UNION_EPS: tl.constexpr):
 
 
 @triton.jit
+def pair_weight(box, target, m_found, BOXES: tl.constexpr, BY_GIOU: tl.constexpr):
+    """What weighs each pair of boxes cxcywh, its GIoU or its IoU; 0 where there is no target."""
+    if BY_GIOU:
+        loss, _, _ = giou_loss_and_grad(corners(box), corners(target), BOXES[1])
+        weight = tl.where(m_found, 1.0 - loss, 0.0)
+    else:
+        weight = overlap_of(box, target, m_found, BOXES[0])
+    return weight
+
+
+@triton.jit
 def l1_of_box(p, t):
     x, dx = l1_and_grad(p[0] - t[0])
     y, dy = l1_and_grad(p[1] - t[1])
@@ -97,14 +108,15 @@ _COUNTS = ["s_labels", "s_targets", "n_queries", "n_targets"]
 def queries_kernel(
     levels, p_out, p_dout, p_scale, matches, union, labels, targets,
     s_labels, s_targets, n_queries, n_targets, n_classes,
-    CLASSES: tl.constexpr, TERMS: tl.constexpr, EPS: tl.constexpr, BR: tl.constexpr,
+    CLASSES: tl.constexpr, TERMS: tl.constexpr, BOXES: tl.constexpr, BR: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
     """Losses of classes, L1 and GIoU of BR queries of an image and layer; boxes cxcywh.
 
     TERMS: which sum is of the classes, the distance, the overlap, the number of pairs and the
-    weights of a softmax; -1 for none. Boxes follow the `union` where there is one. EPS: the least
-    union of an IoU, of a GIoU.
+    weights of a softmax; -1 for none. Boxes follow the `union` where there is one. BOXES: the
+    least union of an IoU, of a GIoU; whether one weighs the GIoU losses; whether this is the GIoU;
+    whether the score is.
     """
     layer, b, block = program_of_layer(len(levels), tl.cdiv(n_queries, BR))
     query = block * BR + tl.arange(0, BR)
@@ -140,7 +152,7 @@ def queries_kernel(
         score = tl.where(m_row, 1.0, 0.0)
         scale = score
         if CLASSES[0] != "focal" and CLASSES[0] != "bce":
-            score = overlap_of(box, target, m_own, EPS[0])
+            score = pair_weight(box, target, m_own, BOXES, BOXES[4])
         label = tl.load(labels[0] + b * s_labels + index * labels[1], mask=m_own, other=-1)
         if TERMS[4] >= 0:
             is_object = (label >= 0) & (label < n_classes - 1)
@@ -163,7 +175,11 @@ def queries_kernel(
         zero_rows((p_dlogits, 0, 0, dlogits[3]), (0, 0), m_row, n_classes, BC)
 
     distance, by_distance = l1_of_box(box, of_box)
-    overlap, by_corners, _ = giou_loss_and_grad(corners(box), corners(of_box), EPS[1])
+    overlap, by_corners, _ = giou_loss_and_grad(corners(box), corners(of_box), BOXES[1])
+    if BOXES[2]:
+        weight = pair_weight(box, of_box, m_found, BOXES, BOXES[3])
+        overlap *= weight
+        by_corners = times(by_corners, weight)
     if p_dout is None:
         if TERMS[1] >= 0:
             put_sum(p_out, TERMS[1], tl.where(m_found, distance, 0.0))

@@ -385,3 +385,79 @@ def test_a_softmax_matches_as_that_of_transformers() -> None:
     expected = theirs.HungarianMatcher(1, 5, 2)(given, labels)
     costs = {"cost_class": 1, "cost_bbox": 5, "cost_giou": 2}
     assert_pairs(HungarianMatcher(costs, use_focal_loss=False)(outputs, targets), expected)
+
+
+# Boxes.
+
+
+@pytest.mark.parametrize("by", ["iou", "giou"])
+@pytest.mark.parametrize("choice", ["vfl", "mal", "ia_bce"])
+def test_boxes_weigh_as_they_overlap(
+    by: str, choice: str, backend: str, device: torch.device
+) -> None:
+    outputs, targets = with_targets(device, 12, settled=False)
+    criterion = criterion_of(choice, boxes_weight_format=by)
+    criterion.num_classes, criterion.gamma = CLASSES, 2.0
+    losses = criterion({key: outputs[key] for key in ("pred_logits", "pred_boxes")}, targets)
+    packed = pack(targets)
+    logits, boxes = outputs["pred_logits"].detach(), outputs["pred_boxes"]
+    matches = criterion.matcher.match(logits[None], boxes.detach()[None], packed)
+    found = matched_targets(matches, packed.labels, packed.boxes)
+    b = boxes.detach().double().requires_grad_()
+    pairs = xyxy(b), xyxy(found.boxes[0].double())
+    overlap = {"iou": iou_union_hull(*pairs)[0], "giou": giou(*pairs)}
+    weight = overlap[by].detach() * found.matched[0]
+    assert (weight < 0).any() or by == "iou"
+    expected = 2.0 * ((1 - overlap["giou"]) * weight).sum() / 5
+    torch.testing.assert_close(losses["loss_giou"].double(), expected, rtol=1e-5, atol=1e-7)
+    (gradient,) = torch.autograd.grad(losses["loss_giou"], boxes)
+    (true,) = torch.autograd.grad(expected, b)
+    torch.testing.assert_close(gradient.double(), true, rtol=1e-4, atol=1e-6)
+    score = weight if choice != "ia_bce" else overlap["iou"].detach() * found.matched[0]
+    x = logits.double()
+    q = score.unsqueeze(-1) * F.one_hot(found.labels[0].clamp(min=0), CLASSES)
+    is_label = F.one_hot(found.labels[0].clamp(min=0), CLASSES) * found.matched[0].unsqueeze(-1) > 0
+    target, positive, negative = {
+        "vfl": (q, q, ALPHA * x.sigmoid() ** 2),
+        "mal": (q**2, torch.ones_like(q), x.sigmoid() ** 2),
+        "ia_bce": (
+            (x.sigmoid() ** ALPHA * q.clamp(min=0) ** (1 - ALPHA)).clamp(min=0.01),
+            torch.ones_like(q),
+            x.sigmoid() ** 2,
+        ),
+    }[choice]
+    each = F.softplus(x) - x * torch.where(is_label, target, 0)
+    expected = 2.0 * (each * torch.where(is_label, positive, negative)).sum() / 5
+    torch.testing.assert_close(
+        losses[CLASS_LOSSES[choice][0]].double(), expected, rtol=1e-5, atol=1e-7
+    )
+
+
+def test_without_the_union_each_layer_follows_its_own(backend: str, device: torch.device) -> None:
+    inputs = Inputs([2, 3], device, torch.float32)
+    outputs = inputs.dfine("aux", "pre", "enc", "dn")
+    criterion = DFINECriterion(
+        dict.fromkeys(DFINE_WEIGHTS, 1.0), num_classes=CLASSES, reg_max=REG_MAX, use_uni_set=False
+    )
+    losses = criterion(outputs, inputs.targets)
+    layers = {"": outputs, "_pre": outputs["pre_outputs"]}
+    layers |= {f"_aux_{i}": layer for i, layer in enumerate(outputs["aux_outputs"])}
+    layers |= {f"_enc_{i}": layer for i, layer in enumerate(outputs["enc_aux_outputs"])}
+    seen = set()
+    for suffix, layer in layers.items():
+        given = {**layer, "up": outputs["up"], "reg_scale": outputs["reg_scale"]}
+        pairs = criterion.matcher(layer, inputs.targets)
+        expected = criterion.loss_boxes(given, inputs.targets, pairs, 5.0)
+        if "pred_corners" in layer:
+            expected |= criterion.loss_local(given, inputs.targets, pairs, 5.0)
+        for key, loss in expected.items():
+            torch.testing.assert_close(losses[key + suffix], loss, msg=key + suffix)
+            seen.add(key + suffix)
+    assert seen == {key for key in losses if "_dn" not in key and "vfl" not in key}
+    assert any("ddf" in key for key in seen)
+    with_union = DFINECriterion(
+        dict.fromkeys(DFINE_WEIGHTS, 1.0), num_classes=CLASSES, reg_max=REG_MAX
+    )(outputs, inputs.targets)
+    assert not torch.isclose(with_union["loss_bbox"], losses["loss_bbox"])
+    with pytest.raises(ValueError, match="boxes_weight_format must be None, 'iou' or 'giou'"):
+        DFINECriterion(DFINE_WEIGHTS, boxes_weight_format="diou")

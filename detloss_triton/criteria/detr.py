@@ -10,7 +10,7 @@ from torch import Tensor
 from detloss_triton.reduction import EPS32
 
 from .layer_by_layer import LayerByLayer
-from .set_prediction import AnyTargets, Layers, Matches
+from .set_prediction import AnyTargets, Layers, Matches, count_boxes
 
 
 class DetrCriterion(LayerByLayer, ours=True):
@@ -29,6 +29,8 @@ class DetrCriterion(LayerByLayer, ours=True):
             last of no object ("loss_ce", DETR).
         mal_alpha: factor of "mal" at other entries than the label, by default 1.
         eos_coef: weight of queries without an object in "labels".
+        boxes_weight_format: "iou" or "giou", by which the GIoU loss of each pair is weighed, and
+            "vfl" and "mal" are scored.
         group_detr: groups of queries, each matched by itself in training (Group DETR); the number
             of boxes is that of all groups.
     """
@@ -67,13 +69,14 @@ class DetrCriterion(LayerByLayer, ours=True):
             TypeError: for what is no tensor, or a matcher that cannot be called.
         """
         step = self._step(outputs, targets, num_boxes, metas)
-        losses, names = {}, self.loss_names[::-1]
+        (norm,) = count_boxes(step.targets, num_boxes, outputs["pred_boxes"])
+        losses, names, matched = {}, self.loss_names[::-1], self._matched_norm(norm)
         for layers in step.main:
             own = self._own_matches(layers, step)
-            losses.update(self._of_layers(names, layers, own, step.matched_norm))
+            losses.update(self._of_layers(names, layers, own, matched))
         for layers in step.denoising:
-            given, norm = self._given_matches(layers, step), self._denoising_norm(step)
-            losses.update(self._of_layers(names, layers, given, norm))
+            given, of_all = self._given_matches(layers, step), self._denoising_norm(step, norm)
+            losses.update(self._of_layers(names, layers, given, of_all))
         return losses
 
     def _queries(self, suffix: str) -> str:

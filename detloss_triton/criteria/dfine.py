@@ -10,7 +10,8 @@ from torch import Tensor
 
 from detloss_triton.ops.matching import union_of_matches
 from detloss_triton.ops.queries import distillation_shares, localisation
-from detloss_triton.precision import as_values
+from detloss_triton.precision import arithmetic_dtype, as_values
+from detloss_triton.ranks import are_several
 from detloss_triton.shapes import check_counts, check_numbers
 
 from .layer_by_layer import TEMPERATURE, LocalByLayer
@@ -21,7 +22,9 @@ from .set_prediction import (
     NamedLayers,
     Output,
     SetCriterion,
+    Step,
     as_norm,
+    count_boxes,
     named_losses,
 )
 
@@ -39,7 +42,12 @@ class DFINECriterion(LocalByLayer, ours=True):
         matcher: as in `DetrCriterion`.
         losses: "boxes", "local", and one of classes, as in `DetrCriterion`: DEIM's are
             ["mal", "boxes", "local"].
-        mal_alpha, eos_coef, group_detr: as in `DetrCriterion`.
+        mal_alpha, eos_coef, boxes_weight_format, group_detr: as in `DetrCriterion`.
+        use_uni_set: boxes and distributions follow the union of matches; without it each layer's
+            own, divided by the number of boxes, as classes.
+        union_over_ranks: what divides losses of the union is the mean over ranks of its size, as in
+            D-FINE's repository, so that gradients are those of the whole batch; without it, and in
+            OTX, each rank's own.
     """
 
     entries = (
@@ -75,7 +83,10 @@ class DFINECriterion(LocalByLayer, ours=True):
         losses: Sequence[str] | None = None,
         mal_alpha: float | None = None,
         eos_coef: float = 0.1,
+        boxes_weight_format: str | None = None,
         group_detr: int = 1,
+        use_uni_set: bool = True,
+        union_over_ranks: bool = True,
     ) -> None:
         super().__init__(
             weight_dict,
@@ -86,6 +97,7 @@ class DFINECriterion(LocalByLayer, ours=True):
             losses=losses,
             mal_alpha=mal_alpha,
             eos_coef=eos_coef,
+            boxes_weight_format=boxes_weight_format,
             group_detr=group_detr,
         )
         name = type(self).__name__
@@ -93,6 +105,8 @@ class DFINECriterion(LocalByLayer, ours=True):
         if reg_max % 2:
             raise ValueError(f"{name}: reg_max must be even, got {reg_max}")
         self.reg_max = reg_max
+        self.use_uni_set = use_uni_set
+        self.union_over_ranks = union_over_ranks
 
     def forward(
         self,
@@ -104,7 +118,7 @@ class DFINECriterion(LocalByLayer, ours=True):
         """Losses of all layers.
 
         Classes follow each layer's own matching; boxes and distributions the union of the matches
-        of all layers but denoising ones, whose pairs are given.
+        of all layers but denoising ones, whose pairs are given (see `use_uni_set`).
 
         Args:
             outputs: "pred_logits" (B, Q, C), "pred_boxes" (B, Q, 4) normalised cxcywh, "up" and
@@ -132,8 +146,13 @@ class DFINECriterion(LocalByLayer, ours=True):
         step = self._step(outputs, targets, num_boxes, metas)
         scales = self._scales(outputs, [*step.main, *step.denoising])
         owns = [self._own_matches(layers, step) for layers in step.main]
-        matches = owns[0][0] if len(owns) == 1 else torch.cat([found for found, _ in owns])
-        union = union_of_matches(matches, n_targets=step.targets.labels.shape[1])
+        union = self._union([found for found, _ in owns], step)
+        counts = []
+        if self.use_uni_set and self.union_over_ranks and are_several():
+            counts.append((union >= 0).sum(dtype=arithmetic_dtype(outputs["pred_boxes"])))
+        norm, *of_union = count_boxes(step.targets, num_boxes, outputs["pred_boxes"], *counts)
+        matched = self._matched_norm(norm)
+        matched = torch.stack([matched, *of_union]) if of_union else matched
         local = self.other_losses["local"]
         weights = {
             name: self.weight_dict[name]
@@ -142,16 +161,27 @@ class DFINECriterion(LocalByLayer, ours=True):
         }
         losses = {}
         for layers, own in zip(step.main, owns, strict=True):
-            losses.update(self._query_losses(layers, own, step.matched_norm, weights, union))
-            of_union = self._local(
-                layers, (union, step.targets), step.matched_norm, union, scales, by_count=True
-            )
-            losses.update(of_union)
+            if self.use_uni_set:
+                found = union, step.targets
+                losses.update(self._query_losses(layers, own, matched, weights, union))
+                losses.update(self._local(layers, found, matched, union, scales, by_count=True))
+            else:
+                losses.update(self._query_losses(layers, own, matched, weights))
+                losses.update(self._local(layers, own, matched, union, scales))
         for layers in step.denoising:
-            given, norm = self._given_matches(layers, step), self._denoising_norm(step)
-            losses.update(self._query_losses(layers, given, norm, weights))
-            losses.update(self._local(layers, given, norm, union, scales))
+            given, of_all = self._given_matches(layers, step), self._denoising_norm(step, norm)
+            losses.update(self._query_losses(layers, given, of_all, weights))
+            losses.update(self._local(layers, given, of_all, union, scales))
         return losses
+
+    def _union(self, found: list[Tensor], step: Step) -> Tensor:
+        """(1, B, Q) the union of all layers' matches; or of the decoder's last, which has as many
+        pairs as each."""
+        if not self.use_uni_set:
+            return found[0][:1]
+        matches = found[0] if len(found) == 1 else torch.cat(found)
+        union: Tensor = union_of_matches(matches, n_targets=step.targets.labels.shape[1])
+        return union
 
     def _further(self, outputs: Output, kinds: Mapping[str, str]) -> list[tuple[str, Output]]:
         named = super()._further(outputs, kinds)
@@ -222,6 +252,8 @@ class DFINECriterion(LocalByLayer, ours=True):
         shares: tuple[Tensor, ...] = ()
         teachers = scores = shares
         matches, targets = found
+        if len(matches) > 1:
+            matches = torch.stack([matches[i] for i in ordered])
         if "loss_ddf" in weights:
             # The kernel does not read that of a layer which has none.
             own = [layers.outputs[i] for i in (*taught, *taught[:1] * (len(ordered) - len(taught)))]
@@ -230,7 +262,7 @@ class DFINECriterion(LocalByLayer, ours=True):
                 for key in ("teacher_corners", "teacher_logits")
             )
             n_targets = targets.labels.shape[1]
-            shares = (distillation_shares(matches, union, norm, n_targets=n_targets),)
+            shares = (distillation_shares(matches[:1], union, norm, n_targets=n_targets),)
         losses = named_losses(
             localisation,
             tuple(as_values(output["pred_corners"]) for output in outputs),

@@ -119,12 +119,17 @@ def as_norm(given: float | Tensor, boxes: Tensor) -> Tensor:
     return torch.full((), given, dtype=dtype, device=boxes.device)
 
 
-def count_boxes(targets: Targets, given: float | Tensor | None, boxes: Tensor) -> Tensor:
-    """The normaliser: the number of boxes, averaged over ranks, at least 1; or the one given."""
-    if given is not None:
-        return as_norm(given, boxes)
-    (mean,) = rank_means(targets.counts.sum(dtype=arithmetic_dtype(boxes)))
-    return mean.clamp(min=1).to(boxes.device)
+def count_boxes(
+    targets: Targets, given: float | Tensor | None, boxes: Tensor, *more: Tensor
+) -> list[Tensor]:
+    """The normalisers: the number of boxes, or the one given, and more counts: averaged over ranks,
+    at least 1."""
+    norms = [] if given is None else [as_norm(given, boxes)]
+    counts = [targets.counts.sum(dtype=arithmetic_dtype(boxes))] if given is None else []
+    counts += more
+    if counts:
+        norms += [mean.clamp(min=1).to(boxes.device) for mean in rank_means(*counts)]
+    return norms
 
 
 def named_losses(
@@ -154,7 +159,6 @@ class Step:
     Args:
         main: layers that are matched. denoising: layers whose pairs are given.
         images: the targets as a matcher of another project takes them.
-        norm: () the number of boxes. matched_norm: () that of all groups of matched queries.
     """
 
     main: list[Layers]
@@ -162,8 +166,6 @@ class Step:
     targets: Targets
     images: AnyTargets
     positives: Positives | None
-    norm: Tensor
-    matched_norm: Tensor
 
 
 class SetCriterion(nn.Module):
@@ -195,6 +197,7 @@ class SetCriterion(nn.Module):
         losses: Sequence[str] | None = None,
         mal_alpha: float | None = None,
         eos_coef: float = 0.1,
+        boxes_weight_format: str | None = None,
         group_detr: int = 1,
     ) -> None:
         super().__init__()
@@ -206,6 +209,12 @@ class SetCriterion(nn.Module):
         self.losses = self._chosen(losses)
         self.mal_alpha = mal_alpha
         self.eos_coef = eos_coef
+        if boxes_weight_format not in (None, "iou", "giou"):
+            raise ValueError(
+                f"{name}: boxes_weight_format must be None, 'iou' or 'giou', got "
+                f"{boxes_weight_format!r}"
+            )
+        self.boxes_weight_format = boxes_weight_format
         self.group_detr = group_detr
         self.weight_dict = weight_dict
         if matcher is None or isinstance(matcher, Mapping):
@@ -263,7 +272,7 @@ class SetCriterion(nn.Module):
             positives = pad(dn_meta["dn_positive_idx"], (0, more), value=-1)
             outputs = {**outputs, "dn_meta": {**dn_meta, "dn_positive_idx": positives}}
         if num_boxes is None and are_several():
-            num_boxes = count_boxes(targets, None, outputs["pred_boxes"])
+            (num_boxes,) = count_boxes(targets, None, outputs["pred_boxes"])
         return {"outputs": outputs, "targets": targets, "num_boxes": num_boxes}
 
     def _step(
@@ -292,17 +301,7 @@ class SetCriterion(nn.Module):
         self._warn_of_unread(outputs)
         if enabled():
             self._check_values(main, denoising, packed, positives, num_boxes)
-        norm = count_boxes(packed, num_boxes, outputs["pred_boxes"])
-        groups = self._groups()
-        return Step(
-            layers_by_shape(main),
-            layers_by_shape(denoising),
-            packed,
-            targets,
-            positives,
-            norm,
-            norm * groups if groups > 1 else norm,
-        )
+        return Step(layers_by_shape(main), layers_by_shape(denoising), packed, targets, positives)
 
     def _read_metas(self, metas: Mapping[str, Any]) -> None:
         """Of what upstream's loops hand over besides, the matcher is told the epoch.
@@ -426,6 +425,7 @@ class SetCriterion(nn.Module):
             weights=weights,
             suffixes=layers.suffixes,
             classes=self.formula,
+            boxes_weight=self.boxes_weight_format or "none",
             alpha=float(self._alpha()),
             gamma=float(self.gamma),
             added=added,
@@ -437,9 +437,13 @@ class SetCriterion(nn.Module):
             return 1.0 if self.mal_alpha is None else self.mal_alpha
         return self.eos_coef if self.formula == "softmax" else self.alpha
 
-    def _denoising_norm(self, step: Step) -> Tensor:
+    def _matched_norm(self, norm: Tensor) -> Tensor:
+        groups = self._groups()
+        return norm * groups if groups > 1 else norm
+
+    def _denoising_norm(self, step: Step, norm: Tensor) -> Tensor:
         assert step.positives is not None
-        return step.norm * max(step.positives.groups, 1)
+        return norm * max(step.positives.groups, 1)
 
     def _matches_at_once(self) -> bool:
         """Whether the matcher's `match` is all there is to it: no call of its own, and no hooks."""
