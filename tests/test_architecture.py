@@ -25,7 +25,7 @@ FLOORS = (
     ("ops",),
     ("losses", "functional", "coders", "matchers", "targets", "vec2box"),
     ("criteria",),
-    ("graphs", "recorded"),
+    ("graphs", "recorded", "integrations"),
     ("", "selfcheck"),
     ("cli", "demo", "bench", "__main__"),
 )

@@ -324,7 +324,7 @@ def _(
         blocks=(-(-n_queries // rows),),
         n_repeats=n_images,
         n_segments=len(logits),
-        divisor=divisor[0],
+        divisor=divisor[0].contiguous(),
         arguments={
             "matches": _map(matches[0]),
             "union": _map(union[0]) if union else None,
@@ -607,7 +607,7 @@ def _(
         blocks=(-(-4 * n_queries // rows),),
         n_repeats=n_images,
         n_segments=len(corners),
-        divisor=divisor[0],
+        divisor=divisor[0].contiguous(),
         arguments={
             "matches": _map(matches[0]),
             "targets": (targets[0], *targets[0].stride()[1:]),
