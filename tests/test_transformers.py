@@ -225,6 +225,34 @@ def test_a_training_goes_as_with_transformers(name: str) -> None:
     assert theirs[-4:].mean() < theirs[:4].mean()
 
 
+def test_a_trainer_trains(tmp_path: Path) -> None:
+    """It logs and saves, and goes as with transformers' losses."""
+    pytest.importorskip("accelerate")
+    examples = [batch(2, seed=i) for i in range(8)]
+
+    def collate(chosen: list[dict[str, Any]]) -> dict[str, Any]:
+        images = torch.cat([x["pixel_values"] for x in chosen])
+        return {"pixel_values": images, "labels": [label for x in chosen for label in x["labels"]]}
+
+    arguments = transformers.TrainingArguments(
+        str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        save_steps=4,
+        use_cpu=True,
+        remove_unused_columns=False,
+        report_to=[],
+    )
+    curves = []
+    for model in (model_of("rt_detr"), apply_to(model_of("rt_detr"))):
+        trainer = transformers.Trainer(model, arguments, collate, examples)
+        trainer.train()
+        curves.append([x["loss"] for x in trainer.state.log_history if "loss" in x])
+    assert len(curves[0]) == 4 and curves[1] == pytest.approx(curves[0], rel=1e-4)
+    assert list(tmp_path.glob("checkpoint-4/*.safetensors"))
+
+
 def test_other_models_are_refused() -> None:
     config = transformers.DetrConfig(
         use_timm_backbone=False, backbone_config=transformers.ResNetConfig(), backbone=None
