@@ -29,7 +29,15 @@ from torch import Tensor
 from . import backend
 from .ops import regression
 from .ops.assignment import linear_sum_assignment
-from .ops.classification import binary_cross_entropy, dense, quality_focal, sigmoid_focal, varifocal
+from .ops.classification import (
+    binary_cross_entropy,
+    dense,
+    iou_aware,
+    matchability,
+    quality_focal,
+    sigmoid_focal,
+    varifocal,
+)
 from .ops.distribution import two_bin, two_bins
 from .reduction import reduced
 from .shapes import Dimensions, check_shapes
@@ -41,9 +49,11 @@ __all__ = [
     "distance_box_iou_loss",
     "distribution_focal_loss",
     "generalized_box_iou_loss",
+    "iou_aware_loss",
     "iou_loss",
     "l1_loss",
     "linear_sum_assignment",
+    "matchability_aware_loss",
     "quality_focal_loss",
     "sigmoid_focal_loss",
     "smooth_l1_loss",
@@ -146,6 +156,51 @@ def varifocal_loss(
     _check_rows("varifocal_loss", inputs, labels=labels, scores=scores)
     return reduced(
         varifocal, inputs, labels, scores, None, reduction=reduction, alpha=alpha, gamma=gamma
+    )
+
+
+def matchability_aware_loss(
+    inputs: Tensor,
+    labels: Tensor,
+    scores: Tensor,
+    *,
+    alpha: float = 1.0,
+    gamma: float = 1.5,
+    reduction: str = "none",
+) -> Tensor:
+    """Matchability-aware loss (Huang et al., 2024, https://arxiv.org/abs/2412.04234), summed over
+    classes.
+
+    BCE(x, q^gamma) at the label, alpha p^gamma BCE(x, 0) elsewhere; the factors carry no gradient.
+
+    Shapes: as `quality_focal_loss`.
+    """
+    _check_rows("matchability_aware_loss", inputs, labels=labels, scores=scores)
+    return reduced(
+        matchability, inputs, labels, scores, None, reduction=reduction, alpha=alpha, gamma=gamma
+    )
+
+
+def iou_aware_loss(
+    inputs: Tensor,
+    labels: Tensor,
+    scores: Tensor,
+    *,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+) -> Tensor:
+    """IoU-aware BCE (LW-DETR, Chen et al., 2024, https://arxiv.org/abs/2406.03459), summed over
+    classes.
+
+    BCE(x, max(p^alpha q^(1-alpha), 0.01)) at the label, its target a constant; p^gamma BCE(x, 0)
+    elsewhere.
+
+    Shapes: as `quality_focal_loss`.
+    """
+    _check_rows("iou_aware_loss", inputs, labels=labels, scores=scores)
+    return reduced(
+        iou_aware, inputs, labels, scores, None, reduction=reduction, alpha=alpha, gamma=gamma
     )
 
 

@@ -14,7 +14,7 @@ from .ops.assignment import optimal_assignment
 from .ops.matching import match_cost
 from .precision import arithmetic_dtype, at_least_float32
 from .settings import described
-from .shapes import check_mapping, check_numbers, check_shapes
+from .shapes import check_counts, check_mapping, check_numbers, check_shapes
 from .targets import Targets, check_images, counts_of, pack
 
 # What OTX's matcher calls one after the other.
@@ -197,7 +197,8 @@ class HungarianMatcher(nn.Module):
     """Optimal one-to-one matching of queries and targets (Carion et al., 2020).
 
     cost = cost_class * focal class cost + cost_bbox * L1 - cost_giou * GIoU, boxes normalised
-    cxcywh, in float32 whatever the inputs; a cost that is not finite counts as 1e10.
+    cxcywh, in float32 whatever the inputs; a cost that is not finite counts as 1e10. DETR's first
+    term is -cost_class * p of a softmax. DEIMv2 goes over to -p * IoU^iou_order_alpha.
 
     The criteria call `match`, for all layers at once: that is what a subclass overrides to match
     otherwise. One that overrides `forward` only, or has hooks, is called layer by layer.
@@ -205,6 +206,10 @@ class HungarianMatcher(nn.Module):
     Args:
         cost_dict: factors {"cost_class", "cost_bbox", "cost_giou"}; those left out are 0.
         alpha, gamma: of the focal class cost.
+        use_focal_loss: p is of a sigmoid; without, of a softmax.
+        change_matcher: score and IoU alone count from epoch `matcher_change_epoch` on, which
+            `set_epoch` or a criterion's `epoch` tells.
+        iou_order_alpha: the power of the IoU then.
 
     Raises:
         TypeError: for what is no number (True is none), or a subclass that defines a cost function
@@ -228,7 +233,15 @@ class HungarianMatcher(nn.Module):
             raise TypeError(f"{cls.__name__} defines {of_otx}, which is not called: override match")
 
     def __init__(
-        self, cost_dict: dict[str, float | int], alpha: float = 0.25, gamma: float = 2.0
+        self,
+        cost_dict: Mapping[str, float | int],
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        *,
+        use_focal_loss: bool = True,
+        change_matcher: bool = False,
+        iou_order_alpha: float = 1.0,
+        matcher_change_epoch: int = 0,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -237,10 +250,23 @@ class HungarianMatcher(nn.Module):
             raise ValueError(
                 f"{name}: cost_dict must have keys among {_COSTS}, got {list(cost_dict)}"
             )
-        check_numbers(name, **cost_dict, alpha=alpha, gamma=gamma)
+        check_numbers(name, **cost_dict, alpha=alpha, gamma=gamma, iou_order_alpha=iou_order_alpha)
+        check_counts(name, 0, matcher_change_epoch=matcher_change_epoch)
+        if iou_order_alpha < 0:
+            raise ValueError(f"{name}: iou_order_alpha must not be negative, got {iou_order_alpha}")
         self.cost_dict = dict(cost_dict)
         self.alpha = alpha
         self.gamma = gamma
+        self.use_focal_loss = use_focal_loss
+        self.change_matcher = change_matcher
+        self.iou_order_alpha = iou_order_alpha
+        self.matcher_change_epoch = matcher_change_epoch
+        self.by_score = False
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch it is, for `change_matcher`."""
+        self.by_score = self.change_matcher and epoch >= self.matcher_change_epoch
 
     def extra_repr(self) -> str:
         return described(self)
@@ -278,6 +304,8 @@ class HungarianMatcher(nn.Module):
             **{name: float(self.cost_dict.get(name, 0.0)) for name in _COSTS},
             alpha=self.alpha,
             gamma=self.gamma,
+            softmax=not self.use_focal_loss,
+            iou_power=float(self.iou_order_alpha) if self.by_score else -1.0,
         )
         # Each layer has the same counts; of queries all are there.
         target: Tensor = optimal_assignment(cost.transpose(1, 2), None, targets.counts)

@@ -13,6 +13,9 @@ from .math import (
     bce_background,
     focal_and_grad,
     focal_background,
+    iou_aware_and_grad,
+    log_sum_exp,
+    matchability_and_grad,
     quality_focal_and_grad,
     quality_focal_background,
     varifocal_and_grad,
@@ -41,6 +44,10 @@ def loss_and_grad(x, t, LOSS: tl.constexpr):
         return quality_focal_and_grad(x, t, LOSS[1])
     elif LOSS[0] == "varifocal":
         return varifocal_and_grad(x, t)
+    elif LOSS[0] == "matchability":
+        return matchability_and_grad(x, t, LOSS[2])
+    elif LOSS[0] == "iou_aware":
+        return iou_aware_and_grad(x, t, LOSS[1], LOSS[3])
     else:
         tl.static_assert(False, "no branch for this LOSS")
 
@@ -54,8 +61,10 @@ def background(x, LOSS: tl.constexpr):
         return focal_background(x, LOSS[1], LOSS[2])
     elif LOSS[0] == "quality_focal":
         return quality_focal_background(x, LOSS[1])
-    elif LOSS[0] == "varifocal":
+    elif LOSS[0] == "varifocal" or LOSS[0] == "matchability":
         return varifocal_background(x, LOSS[1], LOSS[2])
+    elif LOSS[0] == "iou_aware":
+        return focal_background(x, -1.0, LOSS[2])
     else:
         tl.static_assert(False, "no branch for this LOSS")
 
@@ -104,6 +113,32 @@ def class_rows(tensors, at, m_row, index, rows, n_features, LOSS: tl.constexpr, 
         else:
             tl.store(tile_pointers(dlogits, at, o_column), scale[:, None] * dx, mask=m_tile)
     return scale * total
+
+
+@triton.jit
+def softmax_rows(tensors, at, m_row, index, scale, n_features, BC: tl.constexpr):
+    """Softmax cross-entropy of BR rows with the class at `index`, times `scale`, which is 0 in
+    absent rows; where there are gradients to write, those."""
+    logits, dlogits = tensors
+    top = tl.full(scale.shape, float("-inf"), tl.float32)
+    total = tl.zeros_like(scale)
+    for start in range(0, n_features, BC):
+        column = start + tl.arange(0, BC)
+        m_column = (column < n_features)[None, :]
+        p_tile = tile_pointers(logits, at, column.to(tl.int64))
+        x = tl.where(m_column, load(p_tile, m_row[:, None] & m_column), float("-inf"))
+        top, total = log_sum_exp(top, total, x)
+    at_label = load(row_pointers(logits, at) + index.to(tl.int64) * logits[3], m_row)
+    if dlogits is not None:
+        for start in range(0, n_features, BC):
+            column = start + tl.arange(0, BC)
+            m_tile = m_row[:, None] & (column < n_features)[None, :]
+            o_column = column.to(tl.int64)
+            x = load(tile_pointers(logits, at, o_column), m_tile)
+            p = tl.exp(x - top[:, None]) / total[:, None]
+            dx = scale[:, None] * (p - (column[None, :] == index[:, None]).to(tl.float32))
+            tl.store(tile_pointers(dlogits, at, o_column), dx, mask=m_tile)
+    return tl.where(scale != 0.0, scale * (top + tl.log(total) - at_label), 0.0)
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -101,6 +101,20 @@ def varifocal_and_grad(x, t):
 
 
 @triton.jit
+def matchability_and_grad(x, q, GAMMA: tl.constexpr):
+    """At the label."""
+    return bce_and_grad(x, power(q, GAMMA))
+
+
+@triton.jit
+def iou_aware_and_grad(x, q, ALPHA: tl.constexpr, LEAST: tl.constexpr):
+    """At the label."""
+    _, p, _ = logistic(x)
+    t, _ = at_least(power(p, ALPHA) * power(q, 1.0 - ALPHA), LEAST)
+    return bce_and_grad(x, t)
+
+
+@triton.jit
 def bce_background(x):
     softplus, p, _ = logistic(x)
     return softplus, p
@@ -419,6 +433,16 @@ def two_bin_and_grad(x, is_left, is_right, weight_left, weight_right):
     log_p = x - top - tl.log(total)
     loss = -tl.sum(tl.where(weight != 0.0, weight * log_p, 0.0), axis=1)
     return loss, (weight_left + weight_right) * (e / total) - weight
+
+
+@triton.jit
+def log_sum_exp(top, total, x):
+    """(largest entry, sum of exponentials over its own) of rows [BR], with a tile [BR, BC] more."""
+    old = top
+    top = tl.maximum(top, tl.max(x, axis=1))
+    least = tl.where(top == float("-inf"), 0.0, top)
+    # The maximum skips NaN, which the sum brings back.
+    return top, total * tl.exp(old - least) + tl.sum(tl.exp(x - least[:, None]), axis=1)
 
 
 @triton.jit

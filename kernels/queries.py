@@ -8,7 +8,7 @@ load what it needs. No index is read through unless it is in range.
 import triton
 import triton.language as tl
 
-from .classes import class_rows
+from .classes import class_rows, softmax_rows
 from .dense import put_sum, upstream_of
 from .math import (
     added,
@@ -60,6 +60,17 @@ def overlap_of(box, target, m_found, UNION_EPS: tl.constexpr):
 
 
 @triton.jit
+def pair_weight(box, target, m_found, BOXES: tl.constexpr, BY_GIOU: tl.constexpr):
+    """What weighs each pair of boxes cxcywh, its GIoU or its IoU; 0 where there is no target."""
+    if BY_GIOU:
+        loss, _, _ = giou_loss_and_grad(corners(box), corners(target), BOXES[1])
+        weight = tl.where(m_found, 1.0 - loss, 0.0)
+    else:
+        weight = overlap_of(box, target, m_found, BOXES[0])
+    return weight
+
+
+@triton.jit
 def l1_of_box(p, t):
     x, dx = l1_and_grad(p[0] - t[0])
     y, dy = l1_and_grad(p[1] - t[1])
@@ -76,6 +87,20 @@ def zero_rows(tensor, at, m_row, n_features, BC: tl.constexpr):
         tl.store(tile_pointers(tensor, at, column.to(tl.int64)), 0.0, mask=m_tile)
 
 
+@triton.jit
+def classes_of(tensors, m_row, label, rows, n_classes, LOSS: tl.constexpr, BC: tl.constexpr):
+    """As `class_rows`, of rows (score, scale) at (0, 0), or of a softmax."""
+    score, scale = rows
+    if LOSS[0] == "softmax":
+        total = softmax_rows(tensors, (0, 0), m_row, label, scale, n_classes, BC)
+    else:
+        logits, dlogits = tensors
+        total = class_rows(
+            (logits, dlogits, None), (0, 0), m_row, label, (score, scale), n_classes, LOSS, BC
+        )
+    return total
+
+
 _COUNTS = ["s_labels", "s_targets", "n_queries", "n_targets"]
 
 
@@ -83,15 +108,18 @@ _COUNTS = ["s_labels", "s_targets", "n_queries", "n_targets"]
 def queries_kernel(
     levels, p_out, p_dout, p_scale, matches, union, labels, targets,
     s_labels, s_targets, n_queries, n_targets, n_classes,
-    CLASSES: tl.constexpr, TERMS: tl.constexpr, EPS: tl.constexpr, BR: tl.constexpr,
+    CLASSES: tl.constexpr, TERMS: tl.constexpr, BOXES: tl.constexpr, BR: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
-    """Varifocal, L1 and GIoU losses of BR queries of an image and layer; boxes cxcywh.
+    """Losses of classes, L1 and GIoU of BR queries of an image and layer; boxes cxcywh.
 
-    TERMS: which sum is of the classes, the distance, the overlap and the number of pairs; -1 for
-    none. Boxes follow the `union` where there is one. EPS: the least union of an IoU, of a GIoU.
+    TERMS: which sum is of the classes, the distance, the overlap, the number of pairs and the
+    weights of a softmax, -1 for none; then how many layers there are (before Triton 3.7 a tuple
+    that holds None has no length). Boxes follow the `union` where there is one. BOXES: the
+    least union of an IoU, of a GIoU; whether one weighs the GIoU losses; whether this is the GIoU;
+    whether the score is.
     """
-    layer, b, block = program_of_layer(len(levels), tl.cdiv(n_queries, BR))
+    layer, b, block = program_of_layer(TERMS[5], tl.cdiv(n_queries, BR))
     query = block * BR + tl.arange(0, BR)
     m_row = query < n_queries
     at = (b, query)
@@ -104,7 +132,7 @@ def queries_kernel(
         p_dlogits = row_pointers(dlogits, at)
     if dboxes is not None:
         p_dboxes = row_pointers(dboxes, at)
-    for i in tl.static_range(1, len(levels)):
+    for i in tl.static_range(1, TERMS[5]):
         if layer == i:
             p_logits = row_pointers(levels[i][0], at)
             p_boxes = row_pointers(levels[i][1], at)
@@ -122,28 +150,37 @@ def queries_kernel(
     box = load_box((p_boxes, 0, 0, boxes[3]), (0, 0), m_own | m_found)
 
     if TERMS[0] >= 0:
-        iou = overlap_of(box, target, m_own, EPS[0])
+        score = tl.where(m_row, 1.0, 0.0)
+        scale = score
+        if CLASSES[0] != "focal" and CLASSES[0] != "bce":
+            score = pair_weight(box, target, m_own, BOXES, BOXES[4])
         label = tl.load(labels[0] + b * s_labels + index * labels[1], mask=m_own, other=-1)
-        scale = tl.where(m_row, 1.0, 0.0)
+        if TERMS[4] >= 0:
+            is_object = (label >= 0) & (label < n_classes - 1)
+            label = tl.where(is_object, label, n_classes - 1)
+            scale = tl.where(is_object, scale, scale * CLASSES[1])
         of_layer = (p_logits, 0, 0, logits[3])
         if p_dout is None:
-            total = class_rows(
-                (of_layer, None, None), (0, 0), m_row, label, (iou, scale), n_classes, CLASSES, BC
-            )
+            given = (score, scale)
+            total = classes_of((of_layer, None), m_row, label, given, n_classes, CLASSES, BC)
             put_sum(p_out, TERMS[0], total)
+            if TERMS[4] >= 0:
+                put_sum(p_out, TERMS[4], scale)
         elif dlogits is not None:
-            scale *= upstream_of(p_dout, p_scale, TERMS[0] * len(levels) + layer)
+            scale *= upstream_of(p_dout, p_scale, TERMS[0] * TERMS[5] + layer)
             by_layer = (p_dlogits, 0, 0, dlogits[3])
-            class_rows(
-                (of_layer, by_layer, None), (0, 0), m_row, label, (iou, scale), n_classes, CLASSES,
-                BC,
-            )  # fmt: skip
+            given = (score, scale)
+            classes_of((of_layer, by_layer), m_row, label, given, n_classes, CLASSES, BC)
 
     elif dlogits is not None:
         zero_rows((p_dlogits, 0, 0, dlogits[3]), (0, 0), m_row, n_classes, BC)
 
     distance, by_distance = l1_of_box(box, of_box)
-    overlap, by_corners, _ = giou_loss_and_grad(corners(box), corners(of_box), EPS[1])
+    overlap, by_corners, _ = giou_loss_and_grad(corners(box), corners(of_box), BOXES[1])
+    if BOXES[2]:
+        weight = pair_weight(box, of_box, m_found, BOXES, BOXES[3])
+        overlap *= weight
+        by_corners = times(by_corners, weight)
     if p_dout is None:
         if TERMS[1] >= 0:
             put_sum(p_out, TERMS[1], tl.where(m_found, distance, 0.0))
@@ -155,10 +192,10 @@ def queries_kernel(
         zero = tl.zeros([BR], tl.float32)
         by_box = (zero, zero, zero, zero)
         if TERMS[1] >= 0:
-            up = upstream_of(p_dout, p_scale, TERMS[1] * len(levels) + layer)
+            up = upstream_of(p_dout, p_scale, TERMS[1] * TERMS[5] + layer)
             by_box = added(by_box, times(by_distance, up))
         if TERMS[2] >= 0:
-            up = upstream_of(p_dout, p_scale, TERMS[2] * len(levels) + layer)
+            up = upstream_of(p_dout, p_scale, TERMS[2] * TERMS[5] + layer)
             by_overlap = by_deltas(by_corners, (1.0, 1.0, 0.5, 0.5))
             by_box = added(by_box, times(by_overlap, up))
         store_box((p_dboxes, 0, 0, dboxes[3]), (0, 0), masked(by_box, m_found), m_row)
@@ -212,10 +249,10 @@ def localisation_kernel(
     """BR sides of boxes of an image and layer: two bins and distillation, in tiles of whole rows.
 
     constants: up, reg_scale, (share of matched sides, of others). TERMS: which sum is of the bins,
-    the distillation and the number of matched queries; -1 for none. EPS: the least union, what is
-    added to a size.
+    the distillation and the number of matched queries, -1 for none; then how many layers there
+    are. EPS: the least union, what is added to a size.
     """
-    layer, b, block = program_of_layer(len(levels), tl.cdiv(n_queries * 4, BR))
+    layer, b, block = program_of_layer(TERMS[3], tl.cdiv(n_queries * 4, BR))
     row = block * BR + tl.arange(0, BR)
     query = row // 4
     side = row - query * 4
@@ -234,7 +271,7 @@ def localisation_kernel(
         p_scores = row_pointers(scores, at)
     if dcorners is not None:
         p_dcorners = row_pointers(dcorners, at)
-    for i in tl.static_range(1, len(levels)):
+    for i in tl.static_range(1, TERMS[3]):
         if layer == i:
             p_corners = row_pointers(levels[i][0], at)
             p_points = row_pointers(levels[i][1], at)
@@ -283,7 +320,7 @@ def localisation_kernel(
         if p_dout is None:
             put_sum(p_out, TERMS[0], tl.where(m_bins, iou * loss, 0.0))
         else:
-            by_loss = iou * upstream_of(p_dout, p_scale, TERMS[0] * len(levels) + layer)
+            by_loss = iou * upstream_of(p_dout, p_scale, TERMS[0] * TERMS[3] + layer)
             by_x += tl.where(m_bins[:, None], by_loss[:, None] * dx, 0.0)
     if TERMS[1] >= 0:
         m_tile = m_taught[:, None] & m_column[None, :]
@@ -292,7 +329,7 @@ def localisation_kernel(
         if p_dout is None:
             put_sum(p_out, TERMS[1], tl.where(m_taught, weight * loss, 0.0))
         else:
-            by_loss = weight * upstream_of(p_dout, p_scale, TERMS[1] * len(levels) + layer)
+            by_loss = weight * upstream_of(p_dout, p_scale, TERMS[1] * TERMS[3] + layer)
             by_x += tl.where(m_tile, by_loss[:, None] * dx, 0.0)
     if p_dout is None:
         if TERMS[2] >= 0:

@@ -4,11 +4,13 @@ import triton
 import triton.language as tl
 
 # What a loss is divided by: nothing; a number that is given, plus a constant; a sum over all
-# segments, at least 1; a sum over its own segment, or 1 where that is not above 0.
+# segments, at least 1; a sum over its own segment, or 1 where that is not above 0; the second of
+# two numbers that are given.
 NOTHING: tl.constexpr = tl.constexpr(0)
 DIVISOR: tl.constexpr = tl.constexpr(1)
 SUM: tl.constexpr = tl.constexpr(2)
 OWN_SUM: tl.constexpr = tl.constexpr(3)
+SECOND: tl.constexpr = tl.constexpr(4)
 
 
 @triton.jit
@@ -59,6 +61,8 @@ def totals_kernel(
                 if p_divisor is not None:
                     by = tl.load(p_divisor).to(tl.float32)
                 scale = scale / (by + TERMS[t][2])
+            elif TERMS[t][1] == SECOND:
+                scale = scale / tl.load(p_divisor + 1).to(tl.float32)
             elif TERMS[t][1] == SUM:
                 row = p_sums + TERMS[t][2] * n_programs
                 by = sum_of(row, 0, n_programs, BLOCK)

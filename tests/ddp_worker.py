@@ -57,6 +57,38 @@ def detr(counts: list[int]) -> Problem:
     return criterion_of("detr"), part, ("pred_",)
 
 
+def dfine(counts: list[int]) -> Problem:
+    """But for the distillation, which balances the images of each process."""
+    batch = Inputs(counts, torch.device("cpu"), torch.float32)
+    outputs = mapped(lambda _, x: x.detach(), batch.dfine("aux", "enc"))
+    criterion = criterion_of("dfine")
+    criterion.weight_dict = {k: v for k, v in criterion.weight_dict.items() if k != "loss_ddf"}
+
+    def part(images: slice) -> Arguments:
+        return {
+            "outputs": mapped(lambda _, x: x[images] if x.dim() > 1 else x, outputs),
+            "targets": batch.targets[images],
+        }
+
+    return criterion, part, ("pred_",)
+
+
+def check_own_unions(counts: list[int]) -> None:
+    """OTX's way: each process divides by its own pairs, as many as the mean on average."""
+    criterion, part, _ = dfine(counts)
+    rank, world, n = dist.get_rank(), dist.get_world_size(), len(counts)
+    inputs = part(slice(rank * n // world, (rank + 1) * n // world))
+    shared = criterion(**inputs)
+    criterion.union_over_ranks = False
+    own = criterion(**inputs)
+    for key in ("loss_bbox", "loss_giou_enc_0", "loss_fgl_aux_0"):
+        share = (shared[key].detach() / own[key].detach()).nan_to_num(0)
+        assert (share - 1).abs() > 0.05, (key, share)
+        dist.all_reduce(share)
+        torch.testing.assert_close(share / world, torch.ones(()))
+    torch.testing.assert_close(shared["loss_vfl"], own["loss_vfl"])
+
+
 def dense(name: str, counts: list[int]) -> Problem:
     """Images that are to have no boxes have none; the others a share of positives."""
     batch = BUILDERS[name](images=len(counts), positives=0.3)
@@ -120,8 +152,10 @@ def main() -> None:
     dist.init_process_group("gloo")
     for argument in sys.argv[1:]:
         counts = [int(n) for n in argument.split(",")]
-        for problem in (detr(counts), dense("atss", counts), dense("rtmdet", counts)):
+        dense_problems = dense("atss", counts), dense("rtmdet", counts)
+        for problem in (detr(counts), dfine(counts), *dense_problems):
             check(*problem, len(counts))
+        check_own_unions(counts)
     check_training()
     # DDP holds the group too; were it the last to let go, it would join gloo's threads while it
     # keeps them from the interpreter's lock, and never return: `check` has dropped it by now.

@@ -25,7 +25,7 @@ FLOORS = (
     ("ops",),
     ("losses", "functional", "coders", "matchers", "targets", "vec2box", "anchors", "assigners"),
     ("criteria",),
-    ("graphs", "recorded"),
+    ("graphs", "recorded", "integrations"),
     ("", "selfcheck"),
     ("cli", "demo", "bench", "__main__"),
 )

@@ -36,7 +36,7 @@ def torchrun(processes: int, *command: str, cwd: Path = TESTS) -> subprocess.Com
     ids=("2 processes", "3 processes"),
 )
 def test_gradients_are_those_of_the_whole_batch(processes: int, counts: tuple[str, ...]) -> None:
-    """Uneven box counts, processes without any, one collective a step; DETR, ATSS and RTMDet."""
+    """Uneven box counts, processes without any, one collective; DETR, D-FINE, ATSS, RTMDet."""
     run = torchrun(processes, str(TESTS / "ddp_worker.py"), *counts)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.count("agrees") == processes

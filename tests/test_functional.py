@@ -72,6 +72,8 @@ CALLS: list[tuple[Callable[..., Any], dict[str, Tensor]]] = [
     (functional.sigmoid_focal_loss, {"inputs": LOGITS, "targets": LOGITS.sigmoid()}),
     (functional.quality_focal_loss, {"inputs": LOGITS, "labels": LABELS, "scores": SCORES}),
     (functional.varifocal_loss, {"inputs": LOGITS, "labels": LABELS, "scores": SCORES}),
+    (functional.matchability_aware_loss, {"inputs": LOGITS, "labels": LABELS, "scores": SCORES}),
+    (functional.iou_aware_loss, {"inputs": LOGITS, "labels": LABELS, "scores": SCORES}),
     (functional.cross_entropy, {"inputs": LOGITS, "labels": LABELS, "row_weight": SCORES}),
     (functional.distribution_focal_loss,
      {"inputs": LOGITS, "targets": SCORES, "weight": SCORES}),

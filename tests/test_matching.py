@@ -91,7 +91,7 @@ def test_layers_that_lie_apart_are_matched_as_a_stack(
     found = matcher.match_layers(logits, boxes, targets)
     assert found.equal(matcher.match(torch.stack(logits), torch.stack(boxes), targets))
     assert (found >= 0).sum(2).tolist() == [[5, 8]] * 3
-    params = {**COSTS, "alpha": 0.25, "gamma": 2.0}
+    params = {**COSTS, "alpha": 0.25, "gamma": 2.0, "softmax": False, "iou_power": -1.0}
     cost = match_cost(tuple(logits), tuple(boxes), *targets[:2], **params)
     each = [
         match_cost.reference((x,), (y,), *targets[:2], **params)

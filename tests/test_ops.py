@@ -724,6 +724,8 @@ def test_no_gradient_is_computed_without_grad_mode(monkeypatch: pytest.MonkeyPat
 # compares these with formulas.
 HOLDS_A_CONSTANT: dict[str, Callable[[dict[str, Any]], bool]] = {
     "varifocal": lambda params: params["gamma"] != 0,
+    "matchability": lambda params: params["gamma"] != 0,
+    "iou_aware": lambda params: params["alpha"] != 0,
     "ciou_loss": lambda params: not params["alpha_grad"],
 }
 
@@ -912,7 +914,14 @@ def test_arguments_are_checked_before_anything_runs(backend: str, device: torch.
         giou(score[0], score[0], eps=1e-6)
 
 
-CLASS_OPS = ("binary_cross_entropy", "sigmoid_focal", "quality_focal", "varifocal")
+CLASS_OPS = (
+    "binary_cross_entropy",
+    "sigmoid_focal",
+    "quality_focal",
+    "varifocal",
+    "matchability",
+    "iou_aware",
+)
 
 
 @pytest.mark.parametrize("name", CLASS_OPS)

@@ -261,6 +261,7 @@ def _costs(draw: Draw, batch: int, layers: int = 6, queries: int = 300, boxes: i
         return torch.cat([draw.uniform(*shape, 2), 0.05 + 0.3 * draw.uniform(*shape, 2)], -1)
 
     params = {"cost_class": 2.0, "cost_bbox": 5.0, "cost_giou": 2.0, "alpha": 0.25, "gamma": 2.0}
+    params |= {"softmax": False, "iou_power": -1.0}
     logits = (draw.normal(layers, batch, queries, 80) - 2).unbind()
     labels, predicted = draw.integers(0, 80, batch, boxes), normalised(layers, batch, queries)
     return Sample((logits, predicted.unbind(), labels, normalised(batch, boxes)), params)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from detloss_triton.ops.matching import union_of_matches
 from detloss_triton.ops.queries import distillation_shares, localisation
-from detloss_triton.precision import as_values
+from detloss_triton.precision import arithmetic_dtype, as_values
+from detloss_triton.ranks import are_several
 from detloss_triton.shapes import check_counts, check_numbers
 
 from .layer_by_layer import TEMPERATURE, LocalByLayer
@@ -21,12 +22,11 @@ from .set_prediction import (
     NamedLayers,
     Output,
     SetCriterion,
+    Step,
     as_norm,
+    count_boxes,
     named_losses,
 )
-
-# The losses that need no distributions.
-_PLAIN = ("loss_vfl", "loss_bbox", "loss_giou")
 
 
 class DFINECriterion(LocalByLayer, ours=True):
@@ -35,10 +35,19 @@ class DFINECriterion(LocalByLayer, ours=True):
     Args:
         weight_dict: factors of "loss_vfl", "loss_bbox", "loss_giou", "loss_fgl", "loss_ddf"; a loss
             without one is dropped, as in OTX (in `DetrCriterion` it has 1). Other keys weigh
-            nothing: they are warned of, and so is a dictionary without "loss_vfl".
-        alpha, gamma: of the varifocal loss.
+            nothing: they are warned of, and so is a dictionary without the one of classes.
+        alpha, gamma: of the classification loss.
         num_classes: number of classes C.
         reg_max: bins of a side's distribution less one, even.
+        matcher: as in `DetrCriterion`.
+        losses: "boxes", "local", and one of classes, as in `DetrCriterion`: DEIM's are
+            ["mal", "boxes", "local"].
+        mal_alpha, eos_coef, boxes_weight_format, group_detr: as in `DetrCriterion`.
+        use_uni_set: boxes and distributions follow the union of matches; without it each layer's
+            own, divided by the number of boxes, as classes.
+        union_over_ranks: what divides losses of the union is the mean over ranks of its size, as in
+            D-FINE's repository, so that gradients are those of the whole batch; without it, and in
+            OTX, each rank's own.
     """
 
     entries = (
@@ -50,7 +59,10 @@ class DFINECriterion(LocalByLayer, ours=True):
         "up",
         "reg_scale",
     )
-    loss_names = (*SetCriterion.loss_names, "loss_fgl", "loss_ddf")
+    other_losses: ClassVar[dict[str, tuple[str, ...]]] = {
+        **SetCriterion.other_losses,
+        "local": ("loss_fgl", "loss_ddf"),
+    }
     without_weight = "no classification loss is computed"
     matched_layers: ClassVar[dict[str, str]] = {
         "aux_outputs": "_aux_",
@@ -66,24 +78,47 @@ class DFINECriterion(LocalByLayer, ours=True):
         gamma: float = 2.0,
         num_classes: int = 80,
         reg_max: int = 32,
+        *,
+        matcher: Any = None,
+        losses: Sequence[str] | None = None,
+        mal_alpha: float | None = None,
+        eos_coef: float = 0.1,
+        boxes_weight_format: str | None = None,
+        group_detr: int = 1,
+        use_uni_set: bool = True,
+        union_over_ranks: bool = True,
     ) -> None:
-        super().__init__(weight_dict, alpha, gamma, num_classes)
+        super().__init__(
+            weight_dict,
+            alpha,
+            gamma,
+            num_classes,
+            matcher=matcher,
+            losses=losses,
+            mal_alpha=mal_alpha,
+            eos_coef=eos_coef,
+            boxes_weight_format=boxes_weight_format,
+            group_detr=group_detr,
+        )
         name = type(self).__name__
         check_counts(name, 4, reg_max=reg_max)
         if reg_max % 2:
             raise ValueError(f"{name}: reg_max must be even, got {reg_max}")
         self.reg_max = reg_max
+        self.use_uni_set = use_uni_set
+        self.union_over_ranks = union_over_ranks
 
     def forward(
         self,
         outputs: dict[str, Any],
         targets: AnyTargets,
         num_boxes: float | Tensor | None = None,
+        **metas: Any,
     ) -> dict[str, Tensor]:
         """Losses of all layers.
 
         Classes follow each layer's own matching; boxes and distributions the union of the matches
-        of all layers but denoising ones, whose pairs are given.
+        of all layers but denoising ones, whose pairs are given (see `use_uni_set`).
 
         Args:
             outputs: "pred_logits" (B, Q, C), "pred_boxes" (B, Q, 4) normalised cxcywh, "up" and
@@ -97,6 +132,8 @@ class DFINECriterion(LocalByLayer, ours=True):
                 is written to it, and predictions in other entries are warned of.
             targets: per image {"labels" (n,), "boxes" (n, 4) normalised cxcywh}, or `Targets`.
             num_boxes: normaliser; by default the number of boxes averaged over ranks, at least 1.
+            metas: "epoch", for the matcher; "step", "global_step" and "epoch_step", handed over by
+                upstream's loops too, are not read.
 
         Returns:
             The weighted losses, suffixed `_aux_i`, `_pre`, `_enc_i`, `_dn_i`, `_dn_pre`; 0-dim.
@@ -106,24 +143,45 @@ class DFINECriterion(LocalByLayer, ours=True):
                 "dn_meta", or positives that are not one per box and group.
             TypeError: for what is no tensor, or a matcher that cannot be called.
         """
-        step = self._step(outputs, targets, num_boxes)
+        step = self._step(outputs, targets, num_boxes, metas)
         scales = self._scales(outputs, [*step.main, *step.denoising])
         owns = [self._own_matches(layers, step) for layers in step.main]
-        matches = owns[0][0] if len(owns) == 1 else torch.cat([found for found, _ in owns])
-        union = union_of_matches(matches, n_targets=step.targets.labels.shape[1])
-        weights = {name: self.weight_dict[name] for name in _PLAIN if name in self.weight_dict}
+        union = self._union([found for found, _ in owns], step)
+        counts = []
+        if self.use_uni_set and self.union_over_ranks and are_several():
+            counts.append((union >= 0).sum(dtype=arithmetic_dtype(outputs["pred_boxes"])))
+        norm, *of_union = count_boxes(step.targets, num_boxes, outputs["pred_boxes"], *counts)
+        matched = self._matched_norm(norm)
+        matched = torch.stack([matched, *of_union]) if of_union else matched
+        local = self.other_losses["local"]
+        weights = {
+            name: self.weight_dict[name]
+            for name in self.loss_names
+            if name in self.weight_dict and name not in local
+        }
         losses = {}
         for layers, own in zip(step.main, owns, strict=True):
-            losses.update(self._query_losses(layers, own, step.norm, weights, union))
-            of_union = self._local(
-                layers, (union, step.targets), step.norm, union, scales, by_count=True
-            )
-            losses.update(of_union)
+            if self.use_uni_set:
+                found = union, step.targets
+                losses.update(self._query_losses(layers, own, matched, weights, union))
+                losses.update(self._local(layers, found, matched, union, scales, by_count=True))
+            else:
+                losses.update(self._query_losses(layers, own, matched, weights))
+                losses.update(self._local(layers, own, matched, union, scales))
         for layers in step.denoising:
-            given, norm = self._given_matches(layers, step), self._denoising_norm(step)
-            losses.update(self._query_losses(layers, given, norm, weights))
-            losses.update(self._local(layers, given, norm, union, scales))
+            given, of_all = self._given_matches(layers, step), self._denoising_norm(step, norm)
+            losses.update(self._query_losses(layers, given, of_all, weights))
+            losses.update(self._local(layers, given, of_all, union, scales))
         return losses
+
+    def _union(self, found: list[Tensor], step: Step) -> Tensor:
+        """(1, B, Q) the union of all layers' matches; or of the decoder's last, which has as many
+        pairs as each."""
+        if not self.use_uni_set:
+            return found[0][:1]
+        matches = found[0] if len(found) == 1 else torch.cat(found)
+        union: Tensor = union_of_matches(matches, n_targets=step.targets.labels.shape[1])
+        return union
 
     def _further(self, outputs: Output, kinds: Mapping[str, str]) -> list[tuple[str, Output]]:
         named = super()._further(outputs, kinds)
@@ -182,7 +240,8 @@ class DFINECriterion(LocalByLayer, ours=True):
         every = range(len(layers.outputs))
         with_corners = [i for i in every if layers.outputs[i].get("pred_corners") is not None]
         taught = [i for i in with_corners if layers.outputs[i].get("teacher_corners") is not None]
-        weights = self.weight_dict if weights is None else weights
+        if weights is None:
+            weights = self.weight_dict if "local" in self.losses else {}
         names = ("loss_fgl", "loss_ddf") if taught else ("loss_fgl",)
         weights = {name: weights[name] for name in names if name in weights}
         if not weights or not with_corners:
@@ -193,6 +252,8 @@ class DFINECriterion(LocalByLayer, ours=True):
         shares: tuple[Tensor, ...] = ()
         teachers = scores = shares
         matches, targets = found
+        if len(matches) > 1:
+            matches = torch.stack([matches[i] for i in ordered])
         if "loss_ddf" in weights:
             # The kernel does not read that of a layer which has none.
             own = [layers.outputs[i] for i in (*taught, *taught[:1] * (len(ordered) - len(taught)))]
@@ -201,7 +262,7 @@ class DFINECriterion(LocalByLayer, ours=True):
                 for key in ("teacher_corners", "teacher_logits")
             )
             n_targets = targets.labels.shape[1]
-            shares = (distillation_shares(matches, union, norm, n_targets=n_targets),)
+            shares = (distillation_shares(matches[:1], union, norm, n_targets=n_targets),)
         losses = named_losses(
             localisation,
             tuple(as_values(output["pred_corners"]) for output in outputs),
@@ -224,8 +285,10 @@ class DFINECriterion(LocalByLayer, ours=True):
             losses.pop(f"loss_ddf{suffix}", None)
         return losses
 
-    def _of_layers(self, layers: Layers, found: Matches, norm: Tensor) -> dict[str, Tensor]:
-        return self._query_losses(layers, found, norm, dict.fromkeys(_PLAIN, 1.0))
+    def _of_layers(
+        self, names: Sequence[str], layers: Layers, found: Matches, norm: Tensor
+    ) -> dict[str, Tensor]:
+        return self._query_losses(layers, found, norm, dict.fromkeys(names, 1.0))
 
     def _local_of_layer(
         self, outputs: Output, layers: Layers, found: Matches, norm: Tensor, temperature: float

@@ -7,7 +7,7 @@ refused, not ignored.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -92,8 +92,12 @@ class LayerByLayer(SetCriterion):
     def loss_labels_vfl(
         self, outputs: Output, targets: AnyTargets, indices: Indices, num_boxes: float | Tensor
     ) -> dict[str, Tensor]:
-        """Varifocal loss of one layer matched by `indices`: per image (queries, targets)."""
-        return self._some(("loss_vfl",), outputs, targets, indices, num_boxes)
+        """Classification loss of one layer matched by `indices`: per image (queries, targets).
+
+        Varifocal, unless the constructor was given `losses`.
+        """
+        names = (self.class_loss,) if self.class_loss else ()
+        return self._some(names, outputs, targets, indices, num_boxes)
 
     def loss_boxes(
         self, outputs: Output, targets: AnyTargets, indices: Indices, num_boxes: float | Tensor
@@ -102,11 +106,12 @@ class LayerByLayer(SetCriterion):
         return self._some(("loss_bbox", "loss_giou"), outputs, targets, indices, num_boxes)
 
     def _some(self, names: tuple[str, ...], *arguments: Any) -> dict[str, Tensor]:
-        losses = self._of_layers(*self._given(*arguments))
-        return {name: losses[name] for name in names}
+        return self._of_layers(names, *self._given(*arguments))
 
-    def _of_layers(self, layers: Layers, found: Matches, norm: Tensor) -> dict[str, Tensor]:
-        """The losses of matched layers, weighted where OTX's methods weigh them."""
+    def _of_layers(
+        self, names: Sequence[str], layers: Layers, found: Matches, norm: Tensor
+    ) -> dict[str, Tensor]:
+        """Some losses of matched layers, weighted where OTX's methods weigh them."""
         raise NotImplementedError
 
     def _given(

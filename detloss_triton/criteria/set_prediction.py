@@ -54,6 +54,19 @@ NamedLayers = Sequence[tuple[str, Output]]
 # (1 or L, B, Q) target of each query, -1 for none, and the targets.
 Matches = tuple[Tensor, Targets]
 
+# Of each name that `losses` may have for a classification loss: its key, and its formula in the op
+# `queries`.
+CLASS_LOSSES = {
+    "vfl": ("loss_vfl", "varifocal"),
+    "mal": ("loss_mal", "matchability"),
+    "focal": ("loss_focal", "focal"),
+    "bce": ("loss_bce", "bce"),
+    "ia_bce": ("loss_ce", "iou_aware"),
+    "labels": ("loss_ce", "softmax"),
+}
+_ARGUMENTS = ("outputs", "targets", "num_boxes")
+# What upstream's training loops hand to a criterion besides.
+_METAS = ("epoch", "step", "global_step", "epoch_step")
 MATCHING_COSTS = {"cost_class": 2.0, "cost_bbox": 5.0, "cost_giou": 2.0}
 
 
@@ -106,12 +119,17 @@ def as_norm(given: float | Tensor, boxes: Tensor) -> Tensor:
     return torch.full((), given, dtype=dtype, device=boxes.device)
 
 
-def count_boxes(targets: Targets, given: float | Tensor | None, boxes: Tensor) -> Tensor:
-    """The normaliser: the number of boxes, averaged over ranks, at least 1; or the one given."""
-    if given is not None:
-        return as_norm(given, boxes)
-    (mean,) = rank_means(targets.counts.sum(dtype=arithmetic_dtype(boxes)))
-    return mean.clamp(min=1).to(boxes.device)
+def count_boxes(
+    targets: Targets, given: float | Tensor | None, boxes: Tensor, *more: Tensor
+) -> list[Tensor]:
+    """The normalisers: the number of boxes, or the one given, and more counts: averaged over ranks,
+    at least 1."""
+    norms = [] if given is None else [as_norm(given, boxes)]
+    counts = [targets.counts.sum(dtype=arithmetic_dtype(boxes))] if given is None else []
+    counts += more
+    if counts:
+        norms += [mean.clamp(min=1).to(boxes.device) for mean in rank_means(*counts)]
+    return norms
 
 
 def named_losses(
@@ -141,7 +159,6 @@ class Step:
     Args:
         main: layers that are matched. denoising: layers whose pairs are given.
         images: the targets as a matcher of another project takes them.
-        norm: () the number of boxes.
     """
 
     main: list[Layers]
@@ -149,7 +166,6 @@ class Step:
     targets: Targets
     images: AnyTargets
     positives: Positives | None
-    norm: Tensor
 
 
 class SetCriterion(nn.Module):
@@ -161,8 +177,8 @@ class SetCriterion(nn.Module):
 
     # What is read of each layer's output, where it is there.
     entries: tuple[str, ...] = ("pred_logits", "pred_boxes")
-    # The losses that `weight_dict` may weigh.
-    loss_names: tuple[str, ...] = ("loss_vfl", "loss_bbox", "loss_giou")
+    # The keys of what else `losses` may name.
+    other_losses: ClassVar[dict[str, tuple[str, ...]]] = {"boxes": ("loss_bbox", "loss_giou")}
     # What becomes of a loss without a weight.
     without_weight = "it weighs 1"
     # Entries of the outputs that hold further layers, and the suffixes of their losses; one that
@@ -176,17 +192,55 @@ class SetCriterion(nn.Module):
         alpha: float = 0.2,
         gamma: float = 2.0,
         num_classes: int = 80,
+        *,
+        matcher: Any = None,
+        losses: Sequence[str] | None = None,
+        mal_alpha: float | None = None,
+        eos_coef: float = 0.1,
+        boxes_weight_format: str | None = None,
+        group_detr: int = 1,
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        check_numbers(name, alpha=alpha, gamma=gamma)
-        check_counts(name, 1, num_classes=num_classes)
+        check_numbers(name, alpha=alpha, gamma=gamma, eos_coef=eos_coef)
+        if mal_alpha is not None:
+            check_numbers(name, mal_alpha=mal_alpha)
+        check_counts(name, 1, num_classes=num_classes, group_detr=group_detr)
+        self.losses = self._chosen(losses)
+        self.mal_alpha = mal_alpha
+        self.eos_coef = eos_coef
+        if boxes_weight_format not in (None, "iou", "giou"):
+            raise ValueError(
+                f"{name}: boxes_weight_format must be None, 'iou' or 'giou', got "
+                f"{boxes_weight_format!r}"
+            )
+        self.boxes_weight_format = boxes_weight_format
+        self.group_detr = group_detr
         self.weight_dict = weight_dict
-        self.matcher: Any = HungarianMatcher(MATCHING_COSTS)
+        if matcher is None or isinstance(matcher, Mapping):
+            costs, by_sigmoid = matcher or MATCHING_COSTS, self.formula != "softmax"
+            matcher = HungarianMatcher(costs, use_focal_loss=by_sigmoid)
+        self.matcher: Any = matcher
         self.alpha = alpha
         self.gamma = gamma
         self.num_classes = num_classes
         self._check_weights()
+
+    @property
+    def class_loss(self) -> str:
+        """The key of the classification loss; empty without one."""
+        return next((CLASS_LOSSES[x][0] for x in self.losses if x in CLASS_LOSSES), "")
+
+    @property
+    def formula(self) -> str:
+        """Of the classification loss, in the op `queries`."""
+        return next((CLASS_LOSSES[x][1] for x in self.losses if x in CLASS_LOSSES), "varifocal")
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """The losses that `weight_dict` may weigh."""
+        others = [key for x, keys in self.other_losses.items() if x in self.losses for key in keys]
+        return (self.class_loss, *others) if self.class_loss else tuple(others)
 
     def extra_repr(self) -> str:
         return described(self, matcher=self._matches_at_once())
@@ -208,6 +262,7 @@ class SetCriterion(nn.Module):
         With several ranks also the normaliser, as these may hold targets of different shapes.
         """
         outputs, num_boxes = arguments["outputs"], arguments.get("num_boxes")
+        self._read_metas({k: v for k, v in arguments.items() if k not in _ARGUMENTS})
         targets, dn_meta = self.prepare(arguments["targets"], outputs.get("dn_meta"))
         n_targets = targets.labels.shape[1]
         if more := max(room(n_targets) - n_targets, 0):
@@ -217,12 +272,15 @@ class SetCriterion(nn.Module):
             positives = pad(dn_meta["dn_positive_idx"], (0, more), value=-1)
             outputs = {**outputs, "dn_meta": {**dn_meta, "dn_positive_idx": positives}}
         if num_boxes is None and are_several():
-            num_boxes = count_boxes(targets, None, outputs["pred_boxes"])
+            (num_boxes,) = count_boxes(targets, None, outputs["pred_boxes"])
         return {"outputs": outputs, "targets": targets, "num_boxes": num_boxes}
 
-    def _step(self, outputs: Output, targets: AnyTargets, num_boxes: Any) -> Step:
+    def _step(
+        self, outputs: Output, targets: AnyTargets, num_boxes: Any, metas: Mapping[str, Any]
+    ) -> Step:
         """Check and pack the arguments of `forward`."""
         self._check_parts()
+        self._read_metas(metas)
         name = type(self).__name__
         check_mapping(name, outputs=outputs)
         boxes = outputs.get("pred_boxes")
@@ -243,10 +301,25 @@ class SetCriterion(nn.Module):
         self._warn_of_unread(outputs)
         if enabled():
             self._check_values(main, denoising, packed, positives, num_boxes)
-        norm = count_boxes(packed, num_boxes, outputs["pred_boxes"])
-        return Step(
-            layers_by_shape(main), layers_by_shape(denoising), packed, targets, positives, norm
-        )
+        return Step(layers_by_shape(main), layers_by_shape(denoising), packed, targets, positives)
+
+    def _read_metas(self, metas: Mapping[str, Any]) -> None:
+        """Of what upstream's loops hand over besides, the matcher is told the epoch.
+
+        Raises:
+            TypeError: for an argument that they do not hand over.
+        """
+        for key in metas:
+            if key not in _METAS:
+                raise TypeError(
+                    f"{type(self).__name__}: forward got an unexpected argument {key!r}"
+                )
+        if "epoch" in metas and isinstance(self.matcher, HungarianMatcher):
+            self.matcher.set_epoch(metas["epoch"])
+
+    def _groups(self) -> int:
+        """Of queries, each of which is matched by itself; in evaluation there is one."""
+        return self.group_detr if self.training else 1
 
     def _precision(self, layers: NamedLayers) -> torch.dtype:
         """What is computed in, as predictions are; where "triton" was asked for not float64."""
@@ -287,7 +360,7 @@ class SetCriterion(nn.Module):
                 [output[key].detach() for output in layers.outputs]
                 for key in ("pred_logits", "pred_boxes")
             )
-            return self.matcher.match_layers(logits, boxes, targets), targets
+            return self._match_groups(logits, boxes, targets), targets
         if isinstance(images, Targets):
             images = unpack(images)
         found = []
@@ -300,6 +373,21 @@ class SetCriterion(nn.Module):
             counts = counts_of(images)
             found.append(map_of_indices(pairs, layers.n_queries, targets, counts, place))
         return torch.cat(found), targets
+
+    def _match_groups(self, logits: list[Tensor], boxes: list[Tensor], targets: Targets) -> Tensor:
+        """(L, B, Q) target of each query: groups of queries are matched as images are."""
+        n, (n_images, n_queries, _) = self._groups(), logits[0].shape
+        if n > 1:
+            if n_queries % n:
+                name = type(self).__name__
+                raise ValueError(f"{name}: {n_queries} queries are not of {n} groups (group_detr)")
+            logits, boxes = (
+                [x.unflatten(1, (n, -1)).flatten(0, 1) for x in layers]
+                for layers in (logits, boxes)
+            )
+            targets = Targets(*(x.repeat_interleave(n, 0) for x in targets))
+        found: Tensor = self.matcher.match_layers(logits, boxes, targets)
+        return found.reshape(len(logits), n_images, n_queries)
 
     def _given_matches(self, layers: Layers, step: Step) -> Matches:
         """(1, B, Q) target of each denoising query, and the targets."""
@@ -321,9 +409,9 @@ class SetCriterion(nn.Module):
             return {}
         matches, targets = found
         logits, boxes = layers.logits, layers.boxes
-        if "loss_vfl" not in weights:
+        if self.class_loss not in weights:
             logits = tuple(x.detach() for x in logits)
-        if set(weights) == {"loss_vfl"}:
+        if set(weights) == {self.class_loss}:
             boxes = tuple(x.detach() for x in boxes)
         return named_losses(
             queries,
@@ -336,14 +424,26 @@ class SetCriterion(nn.Module):
             (norm,),
             weights=weights,
             suffixes=layers.suffixes,
-            alpha=float(self.alpha),
+            classes=self.formula,
+            boxes_weight=self.boxes_weight_format or "none",
+            alpha=float(self._alpha()),
             gamma=float(self.gamma),
             added=added,
         )
 
-    def _denoising_norm(self, step: Step) -> Tensor:
+    def _alpha(self) -> float:
+        """What the formula takes for it."""
+        if self.formula == "matchability":
+            return 1.0 if self.mal_alpha is None else self.mal_alpha
+        return self.eos_coef if self.formula == "softmax" else self.alpha
+
+    def _matched_norm(self, norm: Tensor) -> Tensor:
+        groups = self._groups()
+        return norm * groups if groups > 1 else norm
+
+    def _denoising_norm(self, step: Step, norm: Tensor) -> Tensor:
         assert step.positives is not None
-        return step.norm * max(step.positives.groups, 1)
+        return norm * max(step.positives.groups, 1)
 
     def _matches_at_once(self) -> bool:
         """Whether the matcher's `match` is all there is to it: no call of its own, and no hooks."""
@@ -355,12 +455,32 @@ class SetCriterion(nn.Module):
             and not has_hooks(matcher)
         )
 
+    def _chosen(self, losses: Sequence[str] | None) -> list[str]:
+        """The names of the losses to compute.
+
+        Raises:
+            ValueError: for a name that is none, or several of classes.
+        """
+        if losses is None:
+            return ["vfl", *self.other_losses]
+        name, known = type(self).__name__, (*CLASS_LOSSES, *self.other_losses)
+        if isinstance(losses, str) or not set(losses) <= set(known):
+            raise ValueError(f"{name}: losses must be a list of {', '.join(known)}, got {losses!r}")
+        if len(of_classes := [x for x in losses if x in CLASS_LOSSES]) > 1:
+            raise ValueError(f"{name}: losses must have one of classes, got {of_classes}")
+        return list(losses)
+
     def _check_parts(self) -> None:
         """Raise TypeError for a matcher that cannot be called."""
         if not callable(self.matcher):
             raise TypeError(
                 f"{type(self).__name__}: matcher must be callable with (outputs, targets), "
                 f"got {type(self.matcher).__name__}"
+            )
+        if self._groups() > 1 and not self._matches_at_once():
+            raise TypeError(
+                f"{type(self).__name__}: group_detr > 1 needs a HungarianMatcher without a call of "
+                f"its own, got {type(self.matcher).__name__}"
             )
 
     def _check_num_boxes(self, given: Any) -> None:
@@ -375,7 +495,11 @@ class SetCriterion(nn.Module):
 
     def _widths(self, output: Output) -> dict[str, int | str]:
         """What a layer's output must hold, and the last dimension of each."""
-        return {"pred_logits": self.num_classes, "pred_boxes": 4}
+        return {"pred_logits": self._n_logits(), "pred_boxes": 4}
+
+    def _n_logits(self) -> int:
+        """Of a query: the last is of no object, where there is a softmax."""
+        return self.num_classes + (self.formula == "softmax")
 
     def _check_shapes(self, main: NamedLayers, denoising: NamedLayers = ()) -> None:
         """Check that all layers are of the same images and classes; of a kind, of as many queries.
@@ -396,13 +520,14 @@ class SetCriterion(nn.Module):
                     kind = type(output[key]).__name__
                     raise TypeError(f"{name}: outputs{suffix} {key} must be a tensor, got {kind}")
             shape = output["pred_logits"].shape
-            if suffix.startswith("_enc_") and shape[-1:] == (1,):
+            if suffix.startswith("_enc_") and shape[-1:] == (1,) and self.formula != "softmax":
                 # An encoder may tell objects from background only.
                 widths["pred_logits"] = 1
-            elif shape[-1:] != (self.num_classes,):
+            elif shape[-1:] != (self._n_logits(),):
+                more = " + 1" if self.formula == "softmax" else ""
                 raise ValueError(
                     f"{name}: outputs{suffix} pred_logits must have shape (B, {n_queries}, "
-                    f"num_classes) with num_classes = {self.num_classes}, got {tuple(shape)}"
+                    f"num_classes{more}) with num_classes = {self.num_classes}, got {tuple(shape)}"
                 )
             for key, width in widths.items():
                 arguments[f"outputs{suffix} {key}"] = output[key], ("B", n_queries, width)
@@ -456,8 +581,8 @@ class SetCriterion(nn.Module):
         if unknown:
             known = ", ".join(self.loss_names)
             faults.append(f"has {', '.join(unknown)}, which weigh nothing: the losses are {known}")
-        if "loss_vfl" not in weights:
-            faults.append(f"has no loss_vfl: {self.without_weight}")
+        if self.class_loss not in ("", *weights):
+            faults.append(f"has no {self.class_loss}: {self.without_weight}")
         if faults:
             self._warn(f"weight_dict {'; it '.join(faults)}")
 

@@ -28,7 +28,18 @@ from .formula import (
     mapped,
     tensors_of,
 )
-from .fused import DIVISOR, NOTHING, OWN_SUM, SUM, Gradients, Plan, Sum, Tensors, new_gradients
+from .fused import (
+    DIVISOR,
+    NOTHING,
+    OWN_SUM,
+    SECOND,
+    SUM,
+    Gradients,
+    Plan,
+    Sum,
+    Tensors,
+    new_gradients,
+)
 from .gpu import TILE, Tile, power_of_2
 from .modes import host_sees
 
@@ -37,6 +48,7 @@ __all__ = [
     "NOTHING",
     "OWN_SUM",
     "REGISTRY",
+    "SECOND",
     "SUM",
     "TILE",
     "TOLERANCE",

@@ -25,7 +25,7 @@ from .gpu import power_of_2
 _BLOCK = 4096
 
 # What a loss is divided by, as in `kernels/totals.py`.
-NOTHING, DIVISOR, SUM, OWN_SUM = range(4)
+NOTHING, DIVISOR, SUM, OWN_SUM, SECOND = range(5)
 
 Gradients = list[Tensor | None]
 Tensors = tuple[Tensor, ...]
@@ -69,7 +69,7 @@ class Plan:
             SUM is over all ranks, and their mean.
         n_sums: how many sums a program writes: the losses' first.
         blocks: programs of each segment, or one number if all have as many, `n_repeats` times.
-        divisor: what DIVISOR stands for, a number or a tensor of one.
+        divisor: what DIVISOR stands for, a number or a tensor of one; of two, SECOND is the other.
         arguments: the kernel's own.
     """
 

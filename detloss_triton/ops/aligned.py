@@ -217,8 +217,8 @@ def _(
     sizes, n_classes = tuple(level.shape[1] for level in logits), logits[0].shape[2]
     n_bins = distributions[0].shape[3]
     columns, bins = min(power_of_2(n_classes), _COLUMNS), power_of_2(n_bins)
-    # A quarter of a tile, as with half of one and one warp gradients spill on sm_80.
-    rows = max(TILE // 4 // max(columns, bins, _COLUMNS), 1)
+    # An eighth of a tile in one warp takes 80 to 90 registers; more rows spill on some GPUs.
+    rows = max(TILE // 8 // max(columns, bins, _COLUMNS), 1)
     blocks = [-(-n // rows) for n in sizes]
     (index,), (weight,), (objects,) = target, score, targets
     return Plan(

@@ -77,6 +77,9 @@ def _masked(losses: Tensor, mask: Tensor | None) -> Tensor:
 # rounding; above 88 its exponential overflows.
 _THRESHOLD = 40.0
 
+# The least target of an IoU-aware loss.
+LEAST_TARGET = 0.01
+
 
 def _bce(logits: Tensor, targets: Tensor) -> Tensor:
     return F.softplus(logits, threshold=_THRESHOLD) - logits * targets
@@ -204,7 +207,9 @@ def varifocal(
 
 
 @varifocal.of_background
-def _(logits: Tensor, mask: Tensor | None, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
+def _held_background(
+    logits: Tensor, mask: Tensor | None, alpha: float, gamma: float
+) -> tuple[Tensor, Tensor]:
     p = logits.sigmoid()
     scale = _masked(alpha * p.pow(gamma), mask)
     return F.softplus(logits, threshold=_THRESHOLD) * scale, p * scale
@@ -213,3 +218,75 @@ def _(logits: Tensor, mask: Tensor | None, alpha: float, gamma: float) -> tuple[
 @varifocal.triton
 def _(logits: Tensor, label: Any, score: Any, mask: Any, alpha: float, gamma: float) -> Tile:
     return _tile(logits, "varifocal", alpha, gamma)
+
+
+@row_loss(
+    *_INPUTS,
+    samples=_samples(
+        {"alpha": 1.0, "gamma": 1.5}, {"alpha": 0.2, "gamma": 2.0}, {"alpha": 1.0, "gamma": 0.0}
+    ),
+    by_entry=True,
+)
+def matchability(
+    logits: Tensor,
+    label: Tensor | None,
+    score: Tensor | None,
+    mask: Tensor | None,
+    alpha: float,
+    gamma: float,
+) -> Tensor:
+    """BCE(x, q^gamma) at the label, softplus(x) alpha p^gamma elsewhere; the factors are constants.
+
+    DEIM's matchability-aware loss (Huang et al., 2024).
+    """
+    scale = _at_label(alpha * logits.detach().sigmoid().pow(gamma), label, None)
+    t = _targets(logits, label, None if score is None else score.pow(gamma))
+    return _masked(_bce(logits, t) * scale, mask)
+
+
+matchability.of_background(_held_background)
+
+
+@matchability.triton
+def _(logits: Tensor, label: Any, score: Any, mask: Any, alpha: float, gamma: float) -> Tile:
+    return _tile(logits, "matchability", alpha, gamma)
+
+
+@row_loss(
+    *_INPUTS,
+    samples=_samples({"alpha": 0.25, "gamma": 2.0}, {"alpha": 0.0, "gamma": 1.5}),
+    by_entry=True,
+    temporaries=8,
+)
+def iou_aware(
+    logits: Tensor,
+    label: Tensor | None,
+    score: Tensor | None,
+    mask: Tensor | None,
+    alpha: float,
+    gamma: float,
+) -> Tensor:
+    """BCE(x, max(p^alpha q^(1-alpha), 0.01)) at the label, its target a constant; p^gamma
+    softplus(x) elsewhere, p differentiated.
+
+    LW-DETR's (Chen et al., 2024), and RF-DETR's.
+    """
+    p = logits.sigmoid()
+    quality = 1.0 if score is None else score.unsqueeze(-1).pow(1 - alpha)
+    t = (p.detach().pow(alpha) * quality).clamp(min=LEAST_TARGET)
+    background = F.softplus(logits, threshold=_THRESHOLD) * p.pow(gamma)
+    if label is None:
+        return _masked(_bce(logits, t), mask)
+    columns = torch.arange(logits.shape[-1], device=logits.device)
+    losses = torch.where(label.unsqueeze(-1) == columns, _bce(logits, t), background)
+    return _masked(losses, mask)
+
+
+@iou_aware.of_background
+def _(logits: Tensor, mask: Tensor | None, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
+    return _background(logits, mask, 1.0, gamma)
+
+
+@iou_aware.triton
+def _(logits: Tensor, label: Any, score: Any, mask: Any, alpha: float, gamma: float) -> Tile:
+    return _tile(logits, "iou_aware", alpha, gamma, LEAST_TARGET)

@@ -14,7 +14,7 @@ from detloss_triton.boxes import Columns, columns
 from detloss_triton.engine import Sample, direct
 from detloss_triton.precision import arithmetic_dtype
 
-from .regression import GIOU_EPS, giou
+from .regression import GIOU_EPS, UNION_EPS, giou, iou_and_union
 
 # Added inside the logarithms of the class cost.
 _LOG_EPS = 1e-8
@@ -32,8 +32,12 @@ def _cost_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
     logits = tuple(torch.randn(2, rows, 5, generator=generator) * 3 for _ in range(2))
     labels = torch.randint(-1, 5, (2, 3), generator=generator)
     params = {"cost_class": 2.0, "cost_bbox": 5.0, "cost_giou": 2.0, "alpha": 0.25}
+    params |= {"softmax": False, "iou_power": -1.0}
     layers = logits, (boxes(2, rows), boxes(2, rows))
     yield Sample((*layers, labels, boxes(2, 3)), params | {"gamma": 2.0})
+    for softmax, iou_power in ((True, -1.0), (False, 1.5), (True, 0.0)):
+        how = {"softmax": softmax, "iou_power": iou_power, "gamma": 2.0}
+        yield Sample((*layers, labels, boxes(2, 3)), params | how)
     # All layers in one tensor, image by image.
     both = [torch.stack(x, 1).unbind(1) for x in layers]
     yield Sample((*both, labels, boxes(2, 3)), params | {"gamma": 1.5})
@@ -50,15 +54,19 @@ def match_cost(
     cost_giou: float,
     alpha: float,
     gamma: float,
+    softmax: bool,
+    iou_power: float,
 ) -> Tensor:
     """What it costs to match each target with each query (Carion et al., 2020; Zhang et al., 2022).
 
     cost_class (a (1-p)^g (-log(p + 1e-8)) - (1-a) p^g (-log(1-p + 1e-8))) + cost_bbox L1
-    - cost_giou GIoU.
+    - cost_giou GIoU; with `softmax` the first term is -cost_class p, p of a softmax. Where
+    iou_power is not negative, the cost is -p IoU^iou_power alone.
 
     Shapes:
         logits (B, Q, C), boxes (B, Q, 4) cxcywh: of each of L layers.
-        labels (B, T), targets (B, T, 4) cxcywh; an impossible label costs what a logit of 0 does.
+        labels (B, T), targets (B, T, 4) cxcywh; an impossible label costs what a logit of 0 does,
+        under a softmax what a probability of 0 does.
         Returns (L * B, T, Q), layer by layer, float32 (float64 for float64 inputs) whatever
         autocast says.
     """
@@ -67,14 +75,23 @@ def match_cost(
     n_layers, _, n_queries, n_classes = scores.shape
     is_class = (labels >= 0) & (labels < n_classes)
     index = labels.masked_fill(~is_class, 0).long().unsqueeze(1)
-    x = scores.gather(3, index.expand(n_layers, -1, n_queries, -1)).transpose(2, 3).to(dtype)
-    x = x.masked_fill(~is_class.unsqueeze(-1), 0)
+    index = index.expand(n_layers, -1, n_queries, -1)
     p, t = columns(queries.to(dtype).unsqueeze(2)), columns(targets.to(dtype).unsqueeze(2))
-    pos, neg = x.sigmoid(), (-x).sigmoid()
-    cost = cost_class * (
-        (1 - alpha) * pos.pow(gamma) * (neg + _LOG_EPS).log()
-        - alpha * neg.pow(gamma) * (pos + _LOG_EPS).log()
-    )
+    if softmax:
+        scores = scores.to(dtype).softmax(-1)
+    x = scores.gather(3, index).transpose(2, 3).to(dtype).masked_fill(~is_class.unsqueeze(-1), 0)
+    pos = x if softmax else x.sigmoid()
+    if iou_power >= 0:
+        overlap, _ = iou_and_union(_corners(p), _corners(t), UNION_EPS)
+        return (-pos * overlap.pow(iou_power)).flatten(0, 1)
+    if softmax:
+        cost = -cost_class * pos
+    else:
+        neg = (-x).sigmoid()
+        cost = cost_class * (
+            (1 - alpha) * pos.pow(gamma) * (neg + _LOG_EPS).log()
+            - alpha * neg.pow(gamma) * (pos + _LOG_EPS).log()
+        )
     for a, b in zip(p, t, strict=True):
         cost = cost + cost_bbox * (a - b).abs()
     cost = cost - cost_giou * giou(_corners(p), _corners(t), GIOU_EPS)
@@ -92,10 +109,12 @@ def _(
     cost_giou: float,
     alpha: float,
     gamma: float,
+    softmax: bool,
+    iou_power: float,
 ) -> Tensor:
     """Layer by layer: what a CPU holds at a time stays in its caches."""
     (n_images, n_queries, _), n_targets = logits[0].shape, labels.shape[1]
-    weights = (cost_class, cost_bbox, cost_giou, alpha, gamma)
+    weights = (cost_class, cost_bbox, cost_giou, alpha, gamma, softmax, iou_power)
     dtype = arithmetic_dtype(*logits, *boxes, targets)
     cost = boxes[0].new_empty((len(logits), n_images, n_targets, n_queries), dtype=dtype)
     for out, x, box in zip(cost, logits, boxes, strict=True):
@@ -119,6 +138,8 @@ def _(
     cost_giou: float,
     alpha: float,
     gamma: float,
+    softmax: bool,
+    iou_power: float,
 ) -> Tensor:
     n_images, n_queries, n_classes = logits[0].shape
     n_targets = labels.shape[1]
@@ -143,10 +164,8 @@ def _(
         n_queries=n_queries,
         n_classes=n_classes,
         WEIGHTS=(float(cost_class), float(cost_bbox), float(cost_giou)),
-        ALPHA=float(alpha),
-        GAMMA=float(gamma),
-        LOG_EPS=_LOG_EPS,
-        GIOU_EPS=GIOU_EPS,
+        CLASSES=(bool(softmax), float(alpha), float(gamma), _LOG_EPS, float(iou_power)),
+        EPS=(UNION_EPS, GIOU_EPS),
         BT=_TARGETS,
         BQ=_QUERIES,
     )

@@ -20,6 +20,7 @@ from detloss_triton.engine import (
     DIVISOR,
     NOTHING,
     OWN_SUM,
+    SECOND,
     TILE,
     Plan,
     Sample,
@@ -30,7 +31,14 @@ from detloss_triton.engine import (
 from detloss_triton.engine.formula import FusedCall
 from detloss_triton.precision import arithmetic_dtype, at_least_float32
 
-from .classification import varifocal
+from .classification import (
+    LEAST_TARGET,
+    binary_cross_entropy,
+    iou_aware,
+    matchability,
+    sigmoid_focal,
+    varifocal,
+)
 from .distribution import MAX_BINS, distillation, rows_and_warps, two_bin
 from .matching import are_of_one_layout, of_one_layout
 from .regression import GIOU_EPS, UNION_EPS, giou_loss, iou_loss, l1
@@ -128,12 +136,19 @@ def _some_matches(generator: torch.Generator, n_targets: int, *shape: int) -> Te
 
 def _queries_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
     n_images, n_layers, n_targets = 2, 3, 5
-    for n_classes, losses, by_union, gamma in (
-        (7, "loss_giou loss_bbox loss_vfl", False, 2.0),
-        (20, "loss_vfl loss_bbox loss_giou", True, 1.5),
-        (1, "loss_bbox", True, 2.0),
-        (3, "loss_vfl", False, 2.0),
+    for n_classes, losses, classes, by_union, gamma, boxes_weight in (
+        (7, "loss_giou loss_bbox loss_vfl", "varifocal", False, 2.0, "none"),
+        (20, "loss_vfl loss_bbox loss_giou", "varifocal", True, 1.5, "none"),
+        (1, "loss_bbox", "varifocal", True, 2.0, "none"),
+        (3, "loss_vfl", "varifocal", False, 2.0, "giou"),
+        (20, "loss_bbox loss_ce", "softmax", True, 2.0, "none"),
+        (3, "loss_mal loss_giou", "matchability", False, 1.5, "iou"),
+        (20, "loss_ce", "iou_aware", True, 2.0, "giou"),
+        (3, "loss_focal loss_giou", "focal", False, 2.0, "giou"),
+        (3, "loss_bce", "bce", False, 2.0, "none"),
     ):
+        # Of two numbers the second is that of the union's pairs.
+        divisor = torch.tensor([6.5, 4.5]) if "ce" in losses else torch.tensor(6.5)
         each = [
             (
                 torch.randn(n_images, rows, n_classes, generator=generator) * 3,
@@ -150,12 +165,14 @@ def _queries_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
                 (_some_matches(generator, n_targets, 1, n_images, rows),) if by_union else (),
                 (torch.randint(-1, n_classes + 1, (n_images, n_targets), generator=generator),),
                 (_some_boxes(generator, n_images, n_targets),),
-                (torch.tensor(6.5),),
+                (divisor,),
             ),
             {
                 "alpha": 0.75,
                 "gamma": gamma,
                 "losses": losses,
+                "classes": classes,
+                "boxes_weight": boxes_weight,
                 "factors": (1.0, 2.5, 0.5)[: len(losses.split())],
                 "added": 0.25,
             },
@@ -174,50 +191,99 @@ def queries(
     alpha: float,
     gamma: float,
     losses: str,
+    classes: str,
+    boxes_weight: str,
     factors: tuple[float, ...],
     added: float,
 ) -> Tensor:
     """(losses * L,) of each of the `losses` that of every layer, summed and divided.
 
-    "loss_vfl" is varifocal, with the IoU of a pair as its target; "loss_bbox" is L1 and
-    "loss_giou" GIoU, each of pairs.
+    "loss_bbox" is L1 and "loss_giou" GIoU, each of pairs. One of another name is of `classes`:
+    "varifocal", "matchability" and "iou_aware" with the IoU of a pair as its score; "focal";
+    "bce"; or "softmax", of which the last class is that of queries without an object. These weigh
+    alpha, and it is the weighted mean. A boxes_weight "iou" or "giou" weighs the GIoU losses with
+    that of each pair, without a gradient, and is the score of the first two.
 
     Shapes:
         logits: L of (B, Q, C). boxes: L of (B, Q, 4) cxcywh. matches: one map. union: one map of
-        the pairs whose boxes are compared, which their number divides; or those of `matches`,
-        divided by the divisor and what is added. labels: one (B, T); one that is no class is
-        background. targets: one (B, T, 4) cxcywh. divisor: one of ().
+        the pairs whose boxes are compared, which their number divides, or the second of two
+        divisors; or those of `matches`, divided by the divisor and what is added. labels: one
+        (B, T); one that is no class is background. targets: one (B, T, 4) cxcywh. divisor: one of
+        () or (2,).
     """
     # Gradients of several terms are added in float32.
     stacked, names = at_least_float32(torch.stack(tuple(boxes))), losses.split()
     found = matched_targets(matches[0], labels[0], targets[0])
-    values = {}
-    if "loss_vfl" in names:
+    values, norms = {}, divisor[0].view(-1)
+    of_classes = class_loss(losses)
+    if of_classes:
         scores = torch.stack(tuple(logits))
-        score, label = iou_of(stacked, found), found.labels.expand(scores.shape[:-1])
-        vfl = varifocal(scores, label, score, None, keep=1, alpha=alpha, gamma=gamma)
-        values["loss_vfl"] = vfl / divisor[0]
-    norm = divisor[0] + added if added else divisor[0]
+        label = found.labels.expand(scores.shape[:-1])
+        by = boxes_weight if classes in _SCORED_BY_CHOICE else "none"
+        score = pair_weight(stacked, found, by) if classes in _SCORED else None
+        if classes == "softmax":
+            values[of_classes] = _softmax(scores, label, alpha)
+        elif classes == "bce":
+            each = binary_cross_entropy(scores, label, None, None, keep=1)
+            values[of_classes] = each / norms[0]
+        else:
+            op = _SCORED.get(classes, sigmoid_focal)
+            each = op(scores, label, score, None, keep=1, alpha=alpha, gamma=gamma)
+            values[of_classes] = each / norms[0]
+    norm = norms[0] + added if added else norms[0]
     if union:
         found = matched_targets(union[0], labels[0], targets[0])
-        norm = found.matched.sum().clamp(min=1)
-    if names != ["loss_vfl"]:
-        distance, overlap = _box_losses(stacked, found)
+        norm = norms[1] if len(norms) > 1 else found.matched.sum().clamp(min=1)
+    if names != [of_classes]:
+        distance, overlap = _box_losses(stacked, found, boxes_weight)
         values["loss_bbox"], values["loss_giou"] = distance / norm, overlap / norm
     return torch.cat([values[x] * factor for x, factor in zip(names, factors, strict=True)])
 
 
-def _box_losses(boxes: Tensor, found: Matched) -> tuple[Tensor, Tensor]:
+# The losses of classes whose score is the IoU.
+_SCORED = {"varifocal": varifocal, "matchability": matchability, "iou_aware": iou_aware}
+
+
+# Those of them whose score `boxes_weight` chooses.
+_SCORED_BY_CHOICE = ("varifocal", "matchability")
+
+
+def class_loss(losses: str) -> str:
+    """The one that is of classes among some losses' names; empty without one."""
+    return next((x for x in losses.split() if x not in ("loss_bbox", "loss_giou")), "")
+
+
+def _softmax(scores: Tensor, label: Tensor, of_nothing: float) -> Tensor:
+    """(L,): cross-entropy, the mean weighted with `of_nothing` where there is no object."""
+    last = scores.shape[-1] - 1
+    is_object = (label >= 0) & (label < last)
+    weight = is_object.to(torch.float32).masked_fill(~is_object, of_nothing)
+    label = label.masked_fill(~is_object, last)
+    total = two_bin(scores, label, None, None, weight=weight, keep=1)
+    norm = weight.sum((1, 2))
+    return total / torch.where(norm > 0, norm, 1)
+
+
+def pair_weight(boxes: Tensor, found: Matched, by: str) -> Tensor:
+    """(L, B, Q): what weighs each pair: its GIoU if by "giou", else its IoU; 0 without a target."""
+    if by != "giou":
+        return iou_of(boxes, found)
+    boxes = boxes.detach().masked_fill(~found.matched.unsqueeze(-1), 0)
+    pairs = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(found.boxes).expand_as(boxes)
+    return (1 - giou_loss(*pairs, eps=GIOU_EPS, keep=3)).masked_fill(~found.matched, 0)
+
+
+def _box_losses(boxes: Tensor, found: Matched, boxes_weight: str) -> tuple[Tensor, Tensor]:
     """(L,), (L,): L1 and GIoU losses of the matched queries, summed."""
+    of_overlap = None if boxes_weight == "none" else pair_weight(boxes, found, boxes_weight)
     weight = found.matched.to(torch.float32).expand(boxes.shape[:-1])
     target = found.boxes.expand(boxes.shape)
     # A query without a target is blanked: whatever its box holds, its gradient is 0.
     boxes = boxes.masked_fill(~found.matched.unsqueeze(-1), 0)
     distance = l1(boxes, target, weight=weight, keep=1)
-    overlap = giou_loss(
-        cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target), weight=weight, keep=1, eps=GIOU_EPS
-    )
-    return distance, overlap
+    pairs = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target)
+    weight = weight if of_overlap is None else of_overlap
+    return distance, giou_loss(*pairs, weight=weight, keep=1, eps=GIOU_EPS)
 
 
 @queries.triton
@@ -232,6 +298,8 @@ def _(
     alpha: float,
     gamma: float,
     losses: str,
+    classes: str,
+    boxes_weight: str,
     factors: tuple[float, ...],
     added: float,
 ) -> Plan:
@@ -239,17 +307,24 @@ def _(
     columns = min(power_of_2(n_classes), 16)
     rows = TILE // columns
     names = losses.split()
-    by_count = (OWN_SUM, len(names)) if union else (DIVISOR, float(added))
-    divided = {"loss_vfl": (DIVISOR, 0.0), "loss_bbox": by_count, "loss_giou": by_count}
+    of_classes = class_loss(losses)
+    by_weight = classes == "softmax" and bool(of_classes)
+    counts = bool(union) and divisor[0].numel() == 1
+    by_count = (OWN_SUM, len(names)) if counts else (DIVISOR, float(added))
+    if union and not counts:
+        by_count = (SECOND, 0.0)
+    n_sums = len(names) + counts + by_weight
+    mean = (OWN_SUM, n_sums - 1) if by_weight else (DIVISOR, 0.0)
+    divided = {of_classes: mean, "loss_bbox": by_count, "loss_giou": by_count}
     row_of = [names.index(name) if name in names else -1 for name in divided]
     return _Layered(
         kernels.queries.queries_kernel,
         terms=tuple((float(f), *divided[x]) for x, f in zip(names, factors, strict=True)),
-        n_sums=len(names) + bool(union),
+        n_sums=n_sums,
         blocks=(-(-n_queries // rows),),
         n_repeats=n_images,
         n_segments=len(logits),
-        divisor=divisor[0],
+        divisor=divisor[0].contiguous(),
         arguments={
             "matches": _map(matches[0]),
             "union": _map(union[0]) if union else None,
@@ -260,9 +335,20 @@ def _(
             "n_queries": n_queries,
             "n_targets": labels[0].shape[1],
             "n_classes": n_classes,
-            "CLASSES": ("varifocal", float(alpha), float(gamma)),
-            "TERMS": (*row_of, len(names) if union else -1),
-            "EPS": (UNION_EPS, GIOU_EPS),
+            "CLASSES": (classes, float(alpha), float(gamma), LEAST_TARGET),
+            "TERMS": (
+                *row_of,
+                len(names) if counts else -1,
+                n_sums - 1 if by_weight else -1,
+                len(logits),
+            ),
+            "BOXES": (
+                UNION_EPS,
+                GIOU_EPS,
+                boxes_weight != "none",
+                boxes_weight == "giou",
+                boxes_weight == "giou" and classes in _SCORED_BY_CHOICE,
+            ),
             "BR": rows,
             "BC": columns,
         },
@@ -370,7 +456,7 @@ def _localisation_samples(rows: int, generator: torch.Generator) -> Iterator[Sam
         (32, "loss_fgl loss_ddf", 3, 2, True),
         (8, "loss_fgl loss_ddf", 2, 2, False),
         (16, "loss_fgl", 2, 0, False),
-        (4, "loss_ddf", 1, 1, True),
+        (4, "loss_ddf loss_fgl", 1, 1, True),
     ):
         shape = (n_images, rows)
         each = [
@@ -384,7 +470,9 @@ def _localisation_samples(rows: int, generator: torch.Generator) -> Iterator[Sam
             for _ in range(n_layers)
         ]
         corners, teachers, scores, points, boxes = zip(*each, strict=True)
-        matches = _some_matches(generator, n_targets, 1, *shape)
+        # By their number a map is of all layers.
+        n_maps = n_layers if losses == "loss_fgl" else 1
+        matches = _some_matches(generator, n_targets, n_maps, *shape)
         yield Sample(
             (
                 corners,
@@ -397,7 +485,7 @@ def _localisation_samples(rows: int, generator: torch.Generator) -> Iterator[Sam
                 (_some_boxes(generator, n_images, n_targets),),
                 (torch.tensor([0.002, 0.001]),) if n_taught else (),
                 (torch.tensor(0.5), torch.tensor(4.0)),
-                (torch.tensor(6.5),),
+                (torch.tensor([6.5, 3.5]) if n_layers == 1 else torch.tensor(6.5),),
             ),
             {
                 "n_taught": n_taught,
@@ -434,7 +522,8 @@ def localisation(
     """(losses * L,) of each of the `losses` that of every layer: D-FINE's of distributions.
 
     "loss_fgl" is the cross-entropy with the two bins around the target of a matched side, weighted
-    with the IoU of the boxes; divided by the divisor, or `by_count` of the matched queries.
+    with the IoU of the boxes; divided by the divisor, or `by_count` of the matched queries, or by
+    the second of two divisors.
     "loss_ddf" is the divergence from the teacher of the first `n_taught` layers, weighted with that
     IoU or, of other queries, the teacher's confidence, and the shares; 0 for the other layers.
 
@@ -442,9 +531,9 @@ def localisation(
         corners: L of (B, Q, 4 (R + 1)). points: L of (B, Q, 4) reference boxes cxcywh. boxes: L of
         (B, Q, 4) cxcywh, which have no gradient. teachers: none, or L as the corners, one of which
         may be several layers'; those of layers without one are not read. scores: the teachers'
-        logits, L of (B, Q, any). matches: one (1, B, Q). targets: one (B, T, 4) cxcywh. shares: of
-        matched and other sides, one of (2,), or none. scales: up and reg_scale, () each. divisor:
-        one of ().
+        logits, L of (B, Q, any). matches: one (1 or L, B, Q). targets: one (B, T, 4) cxcywh.
+        shares: of matched and other sides, one of (2,), or none. scales: up and reg_scale, () each.
+        divisor: one of () or (2,).
     """
     n_sides = (4, corners[0].shape[-1] // 4)
     scales = tuple(map(at_least_float32, scales))
@@ -455,19 +544,23 @@ def localisation(
     out = []
     for name, factor in zip(losses.split(), factors, strict=True):
         if name == "loss_fgl":
+            norms = divisor[0].view(-1)
             positions = bin_positions(n_sides[1] - 1, *scales)
             left, right = box_bins(stacked(points), found.boxes, positions, scales[1])
             weight = (iou * found.matched).unsqueeze(-1).expand(left.shape)
             value = two_bin(student, left, 1 - right, right, weight=weight, keep=1)
-            norm = found.matched.sum().clamp(min=1) if by_count else divisor[0]
+            norm = norms[0]
+            if by_count:
+                norm = norms[1] if len(norms) > 1 else found.matched.sum().clamp(min=1)
             out.append(value / norm * factor)
         else:
             taught = student[:n_taught]
             teacher = stacked(teachers[:n_taught]).unflatten(-1, n_sides)
             confidence = stacked(scores[:n_taught]).amax(-1).to(iou.dtype).sigmoid()
-            weight = torch.where(found.matched, iou[:n_taught], confidence)
+            matched = found.matched.expand(iou.shape)[:n_taught]
             of_matched, of_others = shares[0].unbind()
-            weight = weight * torch.where(found.matched, of_matched, of_others)
+            weight = torch.where(matched, iou[:n_taught], confidence)
+            weight = weight * torch.where(matched, of_matched, of_others)
             value = distillation(
                 taught,
                 teacher.expand(taught.shape),
@@ -508,17 +601,18 @@ def _(
     n_bins = n_logits // 4
     rows, warps = rows_and_warps(n_bins)
     names = losses.split()
-    of_count = (OWN_SUM, len(names)) if by_count else (DIVISOR, 0.0)
+    counts = by_count and divisor[0].numel() == 1
+    of_count = (OWN_SUM, len(names)) if counts else (SECOND if by_count else DIVISOR, 0.0)
     divided = {"loss_fgl": of_count, "loss_ddf": (NOTHING, 0.0)}
     row_of = [names.index(name) if name in names else -1 for name in divided]
     return _Layered(
         kernels.queries.localisation_kernel,
         terms=tuple((float(f), *divided[x]) for x, f in zip(names, factors, strict=True)),
-        n_sums=len(names) + by_count,
+        n_sums=len(names) + counts,
         blocks=(-(-4 * n_queries // rows),),
         n_repeats=n_images,
         n_segments=len(corners),
-        divisor=divisor[0],
+        divisor=divisor[0].contiguous(),
         arguments={
             "matches": _map(matches[0]),
             "targets": (targets[0], *targets[0].stride()[1:]),
@@ -529,7 +623,7 @@ def _(
             "n_bins": n_bins,
             "n_scores": scores[0].shape[-1] if scores else 0,
             "n_taught": n_taught,
-            "TERMS": (*row_of, len(names) if by_count else -1),
+            "TERMS": (*row_of, len(names) if counts else -1, len(corners)),
             "TEMPERATURE": float(temperature),
             "EPS": (UNION_EPS, _SIZE_EPS),
             "BR": rows,

@@ -68,7 +68,7 @@ def _coordinate_samples(*params: dict[str, Any]) -> Callable[..., Iterator[Sampl
     return samples
 
 
-def _iou(p: Columns, t: Columns, eps: float) -> tuple[Tensor, Tensor]:
+def iou_and_union(p: Columns, t: Columns, eps: float) -> tuple[Tensor, Tensor]:
     """(IoU, union), the union at least eps."""
     inter = overlap(p, t)
     union = (area(p) + area(t) - inter).clamp(min=eps)
@@ -77,7 +77,7 @@ def _iou(p: Columns, t: Columns, eps: float) -> tuple[Tensor, Tensor]:
 
 def giou(p: Columns, t: Columns, eps: float) -> Tensor:
     """Generalised IoU of broadcastable columns; union and hull at least eps."""
-    iou, union = _iou(p, t, eps)
+    iou, union = iou_and_union(p, t, eps)
     width, height = hull(p, t)
     enclosing = (width.clamp(min=0) * height.clamp(min=0)).clamp(min=eps)
     return iou - (enclosing - union) / enclosing
@@ -124,7 +124,7 @@ def _overlap_tile(*loss: Any) -> Tile:
 )
 def iou_loss(pred: Tensor, target: Tensor, mode: str, eps: float) -> Tensor:
     """-log IoU, 1 - IoU^2 or 1 - IoU, with the IoU at least eps."""
-    iou, _ = _iou(columns(pred), columns(target), UNION_EPS)
+    iou, _ = iou_and_union(columns(pred), columns(target), UNION_EPS)
     iou = iou.clamp(min=eps)
     if mode == "log":
         return -iou.log()
