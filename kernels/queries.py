@@ -119,7 +119,8 @@ def queries_kernel(
     least union of an IoU, of a GIoU; whether one weighs the GIoU losses; whether this is the GIoU;
     whether the score is.
     """
-    layer, b, block = program_of_layer(TERMS[5], tl.cdiv(n_queries, BR))
+    LAYERS: tl.constexpr = tl.constexpr(TERMS[5])
+    layer, b, block = program_of_layer(LAYERS, tl.cdiv(n_queries, BR))
     query = block * BR + tl.arange(0, BR)
     m_row = query < n_queries
     at = (b, query)
@@ -132,7 +133,7 @@ def queries_kernel(
         p_dlogits = row_pointers(dlogits, at)
     if dboxes is not None:
         p_dboxes = row_pointers(dboxes, at)
-    for i in tl.static_range(1, TERMS[5]):
+    for i in tl.static_range(1, LAYERS):
         if layer == i:
             p_logits = row_pointers(levels[i][0], at)
             p_boxes = row_pointers(levels[i][1], at)
@@ -167,7 +168,7 @@ def queries_kernel(
             if TERMS[4] >= 0:
                 put_sum(p_out, TERMS[4], scale)
         elif dlogits is not None:
-            scale *= upstream_of(p_dout, p_scale, TERMS[0] * TERMS[5] + layer)
+            scale *= upstream_of(p_dout, p_scale, TERMS[0] * LAYERS + layer)
             by_layer = (p_dlogits, 0, 0, dlogits[3])
             given = (score, scale)
             classes_of((of_layer, by_layer), m_row, label, given, n_classes, CLASSES, BC)
@@ -192,10 +193,10 @@ def queries_kernel(
         zero = tl.zeros([BR], tl.float32)
         by_box = (zero, zero, zero, zero)
         if TERMS[1] >= 0:
-            up = upstream_of(p_dout, p_scale, TERMS[1] * TERMS[5] + layer)
+            up = upstream_of(p_dout, p_scale, TERMS[1] * LAYERS + layer)
             by_box = added(by_box, times(by_distance, up))
         if TERMS[2] >= 0:
-            up = upstream_of(p_dout, p_scale, TERMS[2] * TERMS[5] + layer)
+            up = upstream_of(p_dout, p_scale, TERMS[2] * LAYERS + layer)
             by_overlap = by_deltas(by_corners, (1.0, 1.0, 0.5, 0.5))
             by_box = added(by_box, times(by_overlap, up))
         store_box((p_dboxes, 0, 0, dboxes[3]), (0, 0), masked(by_box, m_found), m_row)
@@ -252,7 +253,8 @@ def localisation_kernel(
     the distillation and the number of matched queries, -1 for none; then how many layers there
     are. EPS: the least union, what is added to a size.
     """
-    layer, b, block = program_of_layer(TERMS[3], tl.cdiv(n_queries * 4, BR))
+    LAYERS: tl.constexpr = tl.constexpr(TERMS[3])
+    layer, b, block = program_of_layer(LAYERS, tl.cdiv(n_queries * 4, BR))
     row = block * BR + tl.arange(0, BR)
     query = row // 4
     side = row - query * 4
@@ -271,7 +273,7 @@ def localisation_kernel(
         p_scores = row_pointers(scores, at)
     if dcorners is not None:
         p_dcorners = row_pointers(dcorners, at)
-    for i in tl.static_range(1, TERMS[3]):
+    for i in tl.static_range(1, LAYERS):
         if layer == i:
             p_corners = row_pointers(levels[i][0], at)
             p_points = row_pointers(levels[i][1], at)
@@ -320,7 +322,7 @@ def localisation_kernel(
         if p_dout is None:
             put_sum(p_out, TERMS[0], tl.where(m_bins, iou * loss, 0.0))
         else:
-            by_loss = iou * upstream_of(p_dout, p_scale, TERMS[0] * TERMS[3] + layer)
+            by_loss = iou * upstream_of(p_dout, p_scale, TERMS[0] * LAYERS + layer)
             by_x += tl.where(m_bins[:, None], by_loss[:, None] * dx, 0.0)
     if TERMS[1] >= 0:
         m_tile = m_taught[:, None] & m_column[None, :]
@@ -329,7 +331,7 @@ def localisation_kernel(
         if p_dout is None:
             put_sum(p_out, TERMS[1], tl.where(m_taught, weight * loss, 0.0))
         else:
-            by_loss = weight * upstream_of(p_dout, p_scale, TERMS[1] * TERMS[3] + layer)
+            by_loss = weight * upstream_of(p_dout, p_scale, TERMS[1] * LAYERS + layer)
             by_x += tl.where(m_tile, by_loss[:, None] * dx, 0.0)
     if p_dout is None:
         if TERMS[2] >= 0:
