@@ -49,6 +49,17 @@ def room(n: int) -> int:
     return power_of_2(max(n, SMALLEST_BUCKET))
 
 
+def with_room(targets: Targets) -> Targets:
+    """The same boxes, padded to a number of rows that has a graph of its own, see `room`."""
+    n = targets.labels.shape[1]
+    more = max(room(n) - n, 0)
+    if not more:
+        return targets
+    labels = torch.nn.functional.pad(targets.labels, (0, more), value=-1)
+    boxes = torch.nn.functional.pad(targets.boxes, (0, 0, 0, more))
+    return Targets(labels, boxes, targets.counts)
+
+
 def pack(
     targets: Targets | Sequence[Mapping[str, Tensor]],
     place: str = "pack",
