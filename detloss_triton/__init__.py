@@ -13,6 +13,7 @@ from .criteria import (
     YOLOXCriterion,
 )
 from .criteria.total import sum_losses
+from .detectors import ATSSLoss, RTMDetLoss, SSDLoss, YOLOv9Loss, YOLOXLoss
 from .functional import smooth_l1_loss
 from .graphs import graphed
 from .losses import (
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ATSSCriterion",
+    "ATSSLoss",
     "BCELoss",
     "BoxLoss",
     "BoxMatcher",
@@ -51,11 +53,15 @@ __all__ = [
     "L1Loss",
     "QualityFocalLoss",
     "RTMDetCriterion",
+    "RTMDetLoss",
     "SSDCriterion",
+    "SSDLoss",
     "Targets",
     "Vec2Box",
     "YOLOXCriterion",
+    "YOLOXLoss",
     "YOLOv9Criterion",
+    "YOLOv9Loss",
     "anchors",
     "assigners",
     "functional",

@@ -25,6 +25,7 @@ FLOORS = (
     ("ops",),
     ("losses", "functional", "coders", "matchers", "targets", "vec2box", "anchors", "assigners"),
     ("criteria",),
+    ("detectors",),
     ("graphs", "recorded"),
     ("", "selfcheck"),
     ("cli", "demo", "bench", "__main__"),

@@ -7,6 +7,7 @@ once and without waiting for the device.
 from .atss import ATSSLoss
 from .rtmdet import RTMDetLoss
 from .ssd import SSDLoss
+from .yolov9 import YOLOv9Loss
 from .yolox import YOLOXLoss
 
-__all__ = ["ATSSLoss", "RTMDetLoss", "SSDLoss", "YOLOXLoss"]
+__all__ = ["ATSSLoss", "RTMDetLoss", "SSDLoss", "YOLOXLoss", "YOLOv9Loss"]

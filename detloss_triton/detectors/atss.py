@@ -18,13 +18,13 @@ from detloss_triton.losses import CrossEntropyLoss, CrossSigmoidFocalLoss, GIoUL
 from detloss_triton.reduction import rank_means
 from detloss_triton.shapes import check_shapes
 
-from .whole import Maps, WholeLoss, map_sizes
+from .whole import Maps, PriorLoss, map_sizes
 
 STDS = (0.1, 0.1, 0.2, 0.2)
 SQUARES = partial(grid_anchors, strides=(8, 16, 32, 64, 128))
 
 
-class ATSSLoss(WholeLoss):
+class ATSSLoss(PriorLoss):
     """`ATSSCriterion` of what `ATSSAssigner` assigns to the anchors of each level.
 
     Args:

@@ -15,10 +15,10 @@ from detloss_triton.coders import DistancePointBBoxCoder
 from detloss_triton.criteria import RTMDetCriterion
 from detloss_triton.losses import GIoULoss, QualityFocalLoss
 
-from .whole import Maps, WholeLoss, joined, map_sizes
+from .whole import Maps, PriorLoss, joined, map_sizes
 
 
-class RTMDetLoss(WholeLoss):
+class RTMDetLoss(PriorLoss):
     """`RTMDetCriterion` of what `DynamicSoftLabelAssigner` assigns to the points of each level.
 
     Args:

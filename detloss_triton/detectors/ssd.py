@@ -14,12 +14,12 @@ from detloss_triton.assigners.assignment import Given
 from detloss_triton.coders import DeltaXYWHBBoxCoder
 from detloss_triton.criteria import SSDCriterion
 
-from .whole import Maps, WholeLoss, joined, map_sizes
+from .whole import Maps, PriorLoss, joined, map_sizes
 
 STDS = (0.1, 0.1, 0.2, 0.2)
 
 
-class SSDLoss(WholeLoss):
+class SSDLoss(PriorLoss):
     """`SSDCriterion` of what `MaxIoUAssigner` assigns to the anchors.
 
     Args:
@@ -80,10 +80,10 @@ class SSDLoss(WholeLoss):
         weights = found.metric.new_ones(()).expand(labels.shape)
         if found.ignored is not None:
             weights = weights.masked_fill(found.ignored, 0)
-        of_boxes = has_target.unsqueeze(2)
         boxes = found.box
+        # Without a target a box is zeros, and one of no size has no logarithm.
+        of_boxes = (boxes[..., 2:] > boxes[..., :2]).all(2, keepdim=True)
         if not getattr(self.criterion, "reg_decoded_bbox", False):
-            # An anchor without a target stays where it is, as from a box of nothing comes -inf.
             boxes = self.coder.encode(priors.boxes, torch.where(of_boxes, boxes, priors.boxes))
         losses: dict[str, list[Tensor]] = self.criterion(
             scores,

@@ -18,24 +18,32 @@ from detloss_triton.targets import Targets, pack, with_room
 Maps = Sequence[Tensor]
 
 
-class WholeLoss(nn.Module, ABC):
+class WholeLoss(nn.Module):
     """A criterion with all that stands before it."""
-
-    @abstractmethod
-    def priors(self, sizes: Sequence[Size], device: torch.device) -> Any:
-        """What boxes are decoded from and assigned to, of maps of these (height, width)."""
 
     def prepare(self, targets: Given) -> Targets:
         """The targets as `forward` packs them: call it outside a compiled region."""
         return pack(targets, type(self).__name__)
 
     def repeatable(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of `forward`, with targets in shapes that repeat."""
+        return {**arguments, "targets": with_room(self.prepare(arguments["targets"]))}
+
+
+class PriorLoss(WholeLoss, ABC):
+    """A whole loss with points or anchors, which depend on the sizes of its maps."""
+
+    @abstractmethod
+    def priors(self, sizes: Sequence[Size], device: torch.device) -> Any:
+        """What boxes are decoded from and assigned to, of maps of these (height, width)."""
+
+    def repeatable(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `forward`: targets in shapes that repeat, and priors, which live on."""
-        targets, priors = with_room(self.prepare(arguments["targets"])), arguments.get("priors")
+        priors = arguments.get("priors")
         if priors is None:
             maps = arguments["cls_score"]
             priors = self.priors([(x.shape[2], x.shape[3]) for x in maps], maps[0].device)
-        return {**arguments, "targets": targets, "priors": priors}
+        return {**super().repeatable(arguments), "priors": priors}
 
 
 def map_sizes(loss: nn.Module, /, **maps: Maps) -> list[Size]:

@@ -18,14 +18,14 @@ from detloss_triton.reduction import rank_means
 from detloss_triton.targets import pack
 from detloss_triton.validate import may_read
 
-from .whole import Maps, WholeLoss, joined, map_sizes
+from .whole import Maps, PriorLoss, joined, map_sizes
 
 # Keeps the logarithm of a box of no size finite, and sizes below what float32 holds.
 _EPS = 1e-8
 _DECODE: dict[str, Any] = {"means": (0.0,) * 4, "stds": (1.0,) * 4, "limit": 80.0, "max_shift": 0.0}
 
 
-class YOLOXLoss(WholeLoss):
+class YOLOXLoss(PriorLoss):
     """`YOLOXCriterion` of what `SimOTAAssigner` assigns to the points of each level.
 
     On a device it is not asked how many anchors got a target, but all they might be are reckoned
