@@ -13,6 +13,7 @@ from .criteria import (
     YOLOXCriterion,
 )
 from .criteria.total import sum_losses
+from .denoising import Denoising, denoising_queries
 from .detectors import ATSSLoss, RTMDetLoss, SSDLoss, YOLOv9Loss, YOLOXLoss
 from .functional import smooth_l1_loss
 from .graphs import graphed
@@ -28,7 +29,7 @@ from .losses import (
     QualityFocalLoss,
 )
 from .matchers import BoxMatcher, HungarianMatcher
-from .targets import Targets
+from .targets import Targets, normalised_targets, pad_targets
 from .validate import validation
 from .vec2box import Vec2Box
 
@@ -45,6 +46,7 @@ __all__ = [
     "DFINECriterion",
     "DFLoss",
     "DeltaXYWHBBoxCoder",
+    "Denoising",
     "DetrCriterion",
     "DistancePointBBoxCoder",
     "GIoULoss",
@@ -64,8 +66,11 @@ __all__ = [
     "YOLOv9Loss",
     "anchors",
     "assigners",
+    "denoising_queries",
     "functional",
     "graphed",
+    "normalised_targets",
+    "pad_targets",
     "smooth_l1_loss",
     "sum_losses",
     "use_backend",

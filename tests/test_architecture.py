@@ -24,6 +24,7 @@ FLOORS = (
     ("validate", "reduction"),
     ("ops",),
     ("losses", "functional", "coders", "matchers", "targets", "vec2box", "anchors", "assigners"),
+    ("denoising",),
     ("criteria",),
     ("detectors",),
     ("graphs", "recorded"),

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from detloss_triton import Vec2Box, YOLOv9Criterion
+from detloss_triton import Vec2Box, YOLOv9Criterion, pad_targets
 
 from .backbone import STRIDES, Pyramid, conv
 from .decode import detections
-from .samples import Detections, Sample, pad_targets
+from .samples import Detections, Sample, targets_of
 
 BINS = 16
 CHANNELS = 64
@@ -52,7 +52,7 @@ class YOLOv9Detector(nn.Module):
         ]
         if self.training:
             assert samples is not None
-            return self.criterion(predictions, pad_targets(samples, images.device))
+            return self.criterion(predictions, pad_targets(targets_of(samples, images.device)))
         logits, _, boxes = self.vec2box(predictions)
         return detections(logits.sigmoid(), boxes, images.shape[-1])
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from detloss_triton.assigners.assignment import Given
 from detloss_triton.criteria import YOLOv9Criterion
-from detloss_triton.targets import Targets, pack
+from detloss_triton.targets import pack, pad_targets
 from detloss_triton.vec2box import Level, Vec2Box
 
 from .whole import WholeLoss
@@ -57,7 +57,7 @@ class YOLOv9Loss(WholeLoss):
         """
         self._follow(main_preds)
         like = self.criterion.vec2box.anchor_grid.new_empty(0, dtype=torch.float32)
-        rows = as_rows(pack(targets, type(self).__name__, like))
+        rows = pad_targets(pack(targets, type(self).__name__, like))
         losses: dict[str, Tensor] = self.criterion(main_preds, rows, aux_preds)
         return losses
 
@@ -78,10 +78,3 @@ class YOLOv9Loss(WholeLoss):
         if maps and (vec2box.map_sizes != sizes or vec2box.anchor_grid.device != device):
             stride = vec2box.strides[0]
             vec2box.update((sizes[0][0] * stride, sizes[0][1] * stride), device)
-
-
-def as_rows(targets: Targets) -> Tensor:
-    """(B, T, 5) rows [class, x1, y1, x2, y2], of class -1 where there is no box."""
-    labels, boxes, counts = targets
-    is_box = torch.arange(labels.shape[1], device=labels.device) < counts.unsqueeze(1)
-    return torch.cat([labels.where(is_box, -1).unsqueeze(2).to(boxes.dtype), boxes], 2)
