@@ -35,6 +35,8 @@ from detloss_triton.demo.train import Settings, evaluate, fit, rate
 from detloss_triton.ops.queries import bin_positions, box_bins
 
 CPU = torch.device("cpu")
+# Steps in which a detector learns an image by heart.
+SIGHTS = 25
 
 
 @pytest.fixture(autouse=True)
@@ -420,13 +422,40 @@ def test_train_sums_each_term_over_the_layers(criterion: str, tmp_path: Path) ->
     assert (tmp_path / "predictions.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("criterion", ["atss", "rtmdet", "ssd", "yolox"])
+def test_a_dense_detector_has_seen_its_image(criterion: str) -> None:
+    """After a few steps on one image it finds the box there: what is decoded is what was learnt."""
+    torch.manual_seed(0)
+    shown = sample((12, 20, 40, 44, 1))
+    shown.image[20:44, 12:40] = 255
+    model = RECIPES[criterion].build(3, 64, CPU).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3)
+    for _ in range(SIGHTS):
+        losses = model(stack_images([shown] * 2, CPU), [shown] * 2)
+        optimizer.zero_grad()
+        losses["total_loss"].backward()
+        optimizer.step()
+    assert losses["total_loss"].item() == pytest.approx(
+        sum(x.item() for name, x in losses.items() if name != "total_loss")
+    )
+    # Statistics of the batches have not settled yet.
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.train()
+    with torch.no_grad():
+        first, _ = model(stack_images([shown] * 2, CPU))
+    assert first.labels[0] == 1
+    assert first.boxes[0] == pytest.approx(shown.boxes[0], abs=6)
+
+
 # Steps, and the share of the loss that may be left: a transformer needs longer, and the better its
 # boxes, the more its classification and distribution losses count.
 SHORT_TRAININGS = {"detr": (100, 0.8), "dfine": (140, 0.9), "yolov9": (100, 0.5)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("criterion", sorted(RECIPES))
+@pytest.mark.parametrize("criterion", sorted(SHORT_TRAININGS))
 def test_a_short_training_finds_shapes(criterion: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     steps, share = SHORT_TRAININGS[criterion]

@@ -49,7 +49,7 @@ def test_positives_stay_near_and_negatives_leave() -> None:
     rows = [[(20, 24, 32, 40, 1), (30, 20, 44, 36, 2)], [], [(24, 20, 40, 44, 0)]]
     targets = normalised_targets([target(*image) for image in rows], SIZE)
     for noise in (1.0, 0.4):
-        queries = denoising_queries(targets, num_classes=3, 25, wrong_labels=0.5, box_noise=noise)
+        queries = denoising_queries(targets, 3, positives=25, wrong_labels=0.5, box_noise=noise)
         assert queries is not None
         assert queries.groups == 12
         assert queries.labels.shape == (3, 48)

@@ -60,6 +60,11 @@ class ATSSLoss(PriorLoss):
         """The anchors of all levels."""
         return self.anchors(sizes, device=device)
 
+    def decoded(self, codes: Tensor, priors: Anchors) -> Tensor:
+        """Boxes (N, A, 4) of deltas of the anchors."""
+        boxes: Tensor = self.criterion.bbox_coder.decode(priors.boxes, codes)
+        return boxes
+
     def forward(
         self,
         cls_score: Maps,

@@ -52,6 +52,10 @@ class RTMDetLoss(PriorLoss):
         """(A, 4) the points of all levels."""
         return points(sizes, self.strides, self.offset, device)
 
+    def decoded(self, codes: Tensor, priors: Tensor) -> Tensor:
+        """Boxes (N, A, 4) of distances from the points."""
+        return self.coder.decode(priors, codes)
+
     def forward(
         self, cls_score: Maps, bbox_pred: Maps, targets: Given, priors: Tensor | None = None
     ) -> dict[str, list[Tensor]]:
@@ -72,7 +76,7 @@ class RTMDetLoss(PriorLoss):
         sizes = map_sizes(self, cls_score=cls_score, bbox_pred=bbox_pred)
         if priors is None:
             priors = self.priors(sizes, cls_score[0].device)
-        boxes = self.coder.decode(priors, joined(self, "bbox_pred", bbox_pred, 4))
+        boxes = self.decoded(joined(self, "bbox_pred", bbox_pred, 4), priors)
         # What the assigner reads; the criterion reads the maps.
         maps = [level.detach() for level in cls_score]
         logits = joined(self, "cls_score", maps, self.num_classes)

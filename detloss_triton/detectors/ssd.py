@@ -52,6 +52,11 @@ class SSDLoss(PriorLoss):
         """The anchors of all levels."""
         return self.anchors(sizes, device=device)
 
+    def decoded(self, codes: Tensor, priors: Anchors) -> Tensor:
+        """Boxes (N, A, 4) of deltas of the anchors."""
+        boxes: Tensor = self.coder.decode(priors.boxes, codes)
+        return boxes
+
     def forward(
         self, cls_score: Maps, bbox_pred: Maps, targets: Given, priors: Anchors | None = None
     ) -> dict[str, list[Tensor]]:

@@ -37,6 +37,16 @@ class PriorLoss(WholeLoss, ABC):
     def priors(self, sizes: Sequence[Size], device: torch.device) -> Any:
         """What boxes are decoded from and assigned to, of maps of these (height, width)."""
 
+    @abstractmethod
+    def decoded(self, codes: Tensor, priors: Any) -> Tensor:
+        """Boxes (N, A, 4) xyxy in pixels that rows of `bbox_pred` (N, A, 4) stand for."""
+
+    def decode(self, bbox_pred: Maps) -> Tensor:
+        """Boxes (N, A, 4) xyxy in pixels that a head's maps stand for, not clipped to the image."""
+        sizes = map_sizes(self, bbox_pred=bbox_pred)
+        priors = self.priors(sizes, bbox_pred[0].device)
+        return self.decoded(joined(self, "bbox_pred", bbox_pred, 4), priors)
+
     def repeatable(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `forward`: targets in shapes that repeat, and priors, which live on."""
         priors = arguments.get("priors")

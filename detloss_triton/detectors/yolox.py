@@ -60,6 +60,13 @@ class YOLOXLoss(PriorLoss):
         """(A, 4) the centres of all levels' cells."""
         return points(sizes, self.strides, 0.5, device)
 
+    def decoded(self, codes: Tensor, priors: Tensor) -> Tensor:
+        """Boxes (N, A, 4) of shifts and logarithms of sizes, from boxes of a cell's size about its
+        upper left corner."""
+        centres, size = priors.chunk(2, 1)
+        cells = torch.cat([centres - size, centres], 1)
+        return delta_decode(codes, cells.expand(codes.shape), **_DECODE)
+
     def forward(
         self,
         cls_score: Maps,
@@ -91,10 +98,7 @@ class YOLOXLoss(PriorLoss):
         logits = joined(self, "cls_score", cls_score, self.num_classes)
         codes = joined(self, "bbox_pred", bbox_pred, 4)
         objects = joined(self, "objectness", objectness, 1).squeeze(2)
-        centres, size = priors.chunk(2, 1)
-        # Codes start from the corner of a cell: from a box of its size about that.
-        cells = torch.cat([centres - size, centres], 1).expand(codes.shape)
-        boxes = delta_decode(codes, cells, **_DECODE)
+        boxes = self.decoded(codes, priors)
         targets = pack(targets, type(self).__name__, boxes)
         found = self.assigner(logits.detach(), objects.detach(), boxes.detach(), priors, targets)
         return self._losses(objects, logits, codes, boxes, found, priors, targets.labels.shape[1])
