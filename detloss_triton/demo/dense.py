@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from detloss_triton import ATSSLoss, RTMDetLoss, SSDLoss, YOLOXLoss, sum_losses
 from detloss_triton.anchors import grid_anchors
-from detloss_triton.criteria.levels import as_rows
 from detloss_triton.detectors.whole import PriorLoss
 
 from .backbone import STRIDES, UNLIKELY, Pyramid, branch
@@ -78,6 +77,10 @@ class DenseDetector(nn.Module, ABC):
         boxes = self.criterion.decode(maps["bbox_pred"])
         return detections(self.scores(maps), boxes, images.shape[-1])
 
+    def rows(self, maps: Maps, name: str) -> Tensor:
+        """(B, A, features), where a pixel has one anchor."""
+        return self.criterion.rows(name, maps[name], maps[name][0].shape[1])
+
 
 class ATSSDetector(DenseDetector):
     """Boxes as deltas of a square at each pixel, and how central that is in its box."""
@@ -87,7 +90,9 @@ class ATSSDetector(DenseDetector):
         super().__init__(ATSSLoss(num_classes, ATSS_ANCHORS), outputs, device)
 
     def scores(self, maps: Maps) -> Tensor:
-        return (_rows(maps["cls_score"]).sigmoid() * _rows(maps["centerness"]).sigmoid()).sqrt()
+        return (
+            self.rows(maps, "cls_score").sigmoid() * self.rows(maps, "centerness").sigmoid()
+        ).sqrt()
 
 
 class RTMDetDetector(DenseDetector):
@@ -102,7 +107,7 @@ class RTMDetDetector(DenseDetector):
         return {**maps, "bbox_pred": [level.exp() * stride for level, stride in pairs]}
 
     def scores(self, maps: Maps) -> Tensor:
-        return _rows(maps["cls_score"]).sigmoid()
+        return self.rows(maps, "cls_score").sigmoid()
 
 
 class SSDDetector(DenseDetector):
@@ -115,7 +120,7 @@ class SSDDetector(DenseDetector):
         self.num_classes = num_classes
 
     def scores(self, maps: Maps) -> Tensor:
-        logits = torch.cat([as_rows(level, self.num_classes + 1) for level in maps["cls_score"]], 1)
+        logits = self.criterion.rows("cls_score", maps["cls_score"], self.num_classes + 1)
         return logits.softmax(2)[..., :-1]
 
 
@@ -127,12 +132,8 @@ class YOLOXDetector(DenseDetector):
         super().__init__(YOLOXLoss(num_classes, STRIDES, use_l1=True), outputs, device)
 
     def scores(self, maps: Maps) -> Tensor:
-        return _rows(maps["cls_score"]).sigmoid() * _rows(maps["objectness"]).sigmoid()
+        return self.rows(maps, "cls_score").sigmoid() * self.rows(maps, "objectness").sigmoid()
 
 
 def _outputs(num_classes: int) -> dict[str, tuple[int, float]]:
     return {"cls_score": (num_classes, UNLIKELY), "bbox_pred": (4, 0.0)}
-
-
-def _rows(maps: list[Tensor]) -> Tensor:
-    return torch.cat([as_rows(level, level.shape[1]) for level in maps], 1)

@@ -14,7 +14,7 @@ from detloss_triton.assigners.assignment import Given
 from detloss_triton.coders import DeltaXYWHBBoxCoder
 from detloss_triton.criteria import SSDCriterion
 
-from .whole import Maps, PriorLoss, joined, map_sizes
+from .whole import Maps, PriorLoss, check_channels, map_sizes
 
 STDS = (0.1, 0.1, 0.2, 0.2)
 
@@ -49,8 +49,18 @@ class SSDLoss(PriorLoss):
         self.criterion = SSDCriterion(num_classes, self.coder) if criterion is None else criterion
 
     def priors(self, sizes: Sequence[Size], device: torch.device) -> Anchors:
-        """The anchors of all levels."""
-        return self.anchors(sizes, device=device)
+        """The anchors of all levels: of a level those of one shape after those of another, so that
+        each map is copied once, and none of its channels scattered."""
+        boxes, counts = self.anchors(sizes, device=device)
+        levels = zip(boxes.split(counts), sizes, strict=True)
+        shapes = [shape for level, (h, w) in levels for shape in level.view(h * w, -1, 4).unbind(1)]
+        return Anchors(torch.cat(shapes), counts)
+
+    def rows(self, name: str, maps: Maps, features: int) -> Tensor:
+        """Maps (N, k * features, H, W) as rows (N, A, features), one anchor's after another's."""
+        check_channels(self, name, maps, features)
+        shapes = [shape for level in maps for shape in level.flatten(2).split(features, 1)]
+        return torch.cat(shapes, 2).transpose(1, 2)
 
     def decoded(self, codes: Tensor, priors: Anchors) -> Tensor:
         """Boxes (N, A, 4) of deltas of the anchors."""
@@ -77,8 +87,8 @@ class SSDLoss(PriorLoss):
         sizes = map_sizes(self, cls_score=cls_score, bbox_pred=bbox_pred)
         if priors is None:
             priors = self.priors(sizes, cls_score[0].device)
-        scores = joined(self, "cls_score", cls_score, self.num_classes + 1)
-        codes = joined(self, "bbox_pred", bbox_pred, 4)
+        scores = self.rows("cls_score", cls_score, self.num_classes + 1)
+        codes = self.rows("bbox_pred", bbox_pred, 4)
         found = self.assigner(priors.boxes, targets)
         has_target = found.target >= 0
         labels = found.label.masked_fill(~has_target, self.num_classes)

@@ -45,7 +45,11 @@ class PriorLoss(WholeLoss, ABC):
         """Boxes (N, A, 4) xyxy in pixels that a head's maps stand for, not clipped to the image."""
         sizes = map_sizes(self, bbox_pred=bbox_pred)
         priors = self.priors(sizes, bbox_pred[0].device)
-        return self.decoded(joined(self, "bbox_pred", bbox_pred, 4), priors)
+        return self.decoded(self.rows("bbox_pred", bbox_pred, 4), priors)
+
+    def rows(self, name: str, maps: Maps, features: int) -> Tensor:
+        """Maps (N, k * features, H, W) of all levels as rows (N, A, features), as priors lie."""
+        return joined(self, name, maps, features)
 
     def repeatable(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `forward`: targets in shapes that repeat, and priors, which live on."""
@@ -72,19 +76,25 @@ def map_sizes(loss: nn.Module, /, **maps: Maps) -> list[Size]:
 
 
 def joined(loss: nn.Module, name: str, maps: Maps, features: int) -> Tensor:
-    """Maps (N, k * features, H, W) of all levels as rows (N, A, features) of their anchors.
+    """Maps (N, k * features, H, W) of all levels as rows (N, A, features), those of a position
+    together.
 
     Where k is 1 throughout that is one copy, in which a row's features lie A apart.
 
     Raises:
         ValueError: for another number of channels.
     """
+    check_channels(loss, name, maps, features)
+    if all(level.shape[1] == features for level in maps):
+        return torch.cat([level.flatten(2) for level in maps], 2).transpose(1, 2)
+    return torch.cat([as_rows(level, features) for level in maps], 1)
+
+
+def check_channels(loss: nn.Module, name: str, maps: Maps, features: int) -> None:
+    """Raise ValueError unless maps have so many channels for each of a position's anchors."""
     for i, level in enumerate(maps):
         if level.shape[1] % features:
             raise ValueError(
                 f"{type(loss).__name__}, level {i}: {name} must have shape (N, k * {features}, "
                 f"H, W), got {tuple(level.shape)}"
             )
-    if all(level.shape[1] == features for level in maps):
-        return torch.cat([level.flatten(2) for level in maps], 2).transpose(1, 2)
-    return torch.cat([as_rows(level, features) for level in maps], 1)
