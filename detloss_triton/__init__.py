@@ -13,6 +13,8 @@ from .criteria import (
     YOLOXCriterion,
 )
 from .criteria.total import sum_losses
+from .denoising import Denoising, denoising_queries
+from .detectors import ATSSLoss, RTMDetLoss, SSDLoss, YOLOv9Loss, YOLOXLoss
 from .functional import smooth_l1_loss
 from .graphs import graphed
 from .losses import (
@@ -27,7 +29,7 @@ from .losses import (
     QualityFocalLoss,
 )
 from .matchers import BoxMatcher, HungarianMatcher
-from .targets import Targets
+from .targets import Targets, normalised_targets, pad_targets
 from .validate import validation
 from .vec2box import Vec2Box
 
@@ -35,6 +37,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ATSSCriterion",
+    "ATSSLoss",
     "BCELoss",
     "BoxLoss",
     "BoxMatcher",
@@ -43,6 +46,7 @@ __all__ = [
     "DFINECriterion",
     "DFLoss",
     "DeltaXYWHBBoxCoder",
+    "Denoising",
     "DetrCriterion",
     "DistancePointBBoxCoder",
     "GIoULoss",
@@ -51,15 +55,22 @@ __all__ = [
     "L1Loss",
     "QualityFocalLoss",
     "RTMDetCriterion",
+    "RTMDetLoss",
     "SSDCriterion",
+    "SSDLoss",
     "Targets",
     "Vec2Box",
     "YOLOXCriterion",
+    "YOLOXLoss",
     "YOLOv9Criterion",
+    "YOLOv9Loss",
     "anchors",
     "assigners",
+    "denoising_queries",
     "functional",
     "graphed",
+    "normalised_targets",
+    "pad_targets",
     "smooth_l1_loss",
     "sum_losses",
     "use_backend",

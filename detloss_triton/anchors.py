@@ -7,17 +7,33 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from .engine.modes import is_compiling
 from .shapes import check_shapes
 
 Size = tuple[int, int]
 # Sets of anchors that are kept: a few image sizes of a few detectors.
 _KEPT = 64
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _kept(function: _Function) -> _Function:
+    """Have what is made for some arguments kept; a graph that is traced makes its own."""
+    # It is made apart from any mode a caller is in, as others will use it in theirs.
+    kept = functools.lru_cache(_KEPT)(torch.inference_mode(False)(function))
+
+    @functools.wraps(function)
+    def make(*args: Any) -> Any:
+        return function(*args) if is_compiling() else kept(*args)
+
+    return make  # type: ignore[return-value]
 
 
 class Anchors(NamedTuple):
@@ -175,9 +191,7 @@ def _anchors(
     return _boxes(sizes, pairs, shapes, float(offset), torch.device(device))
 
 
-# What is kept is made apart from any mode a caller is in, as others will use it in theirs.
-@functools.lru_cache(_KEPT)
-@torch.inference_mode(False)
+@_kept
 def _points(
     map_sizes: tuple[Size, ...], strides: tuple[float, ...], offset: float, device: torch.device
 ) -> Tensor:
@@ -188,8 +202,7 @@ def _points(
     return torch.cat(levels)
 
 
-@functools.lru_cache(_KEPT)
-@torch.inference_mode(False)
+@_kept
 def _boxes(
     map_sizes: tuple[Size, ...],
     strides: tuple[tuple[float, float], ...],

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .boxes import columns
 from .engine import power_of_2
 from .ops.packing import pad
-from .precision import arithmetic_dtype
+from .precision import arithmetic_dtype, at_least_float32
 from .shapes import check_shapes
 
 SMALLEST_BUCKET = 8
@@ -47,6 +48,17 @@ def bucket(n: int) -> int:
 def room(n: int) -> int:
     """The next of 8, 16, 32, ...: fewer sizes, each of which has a graph of its own."""
     return power_of_2(max(n, SMALLEST_BUCKET))
+
+
+def with_room(targets: Targets) -> Targets:
+    """The same boxes, padded to a number of rows that has a graph of its own, see `room`."""
+    n = targets.labels.shape[1]
+    more = max(room(n) - n, 0)
+    if not more:
+        return targets
+    labels = torch.nn.functional.pad(targets.labels, (0, more), value=-1)
+    boxes = torch.nn.functional.pad(targets.boxes, (0, 0, 0, more))
+    return Targets(labels, boxes, targets.counts)
 
 
 def pack(
@@ -116,6 +128,43 @@ def _check_packed(place: str, targets: Targets, like: Tensor | None) -> None:
         raise ValueError(f"{place}: labels must be integers, got {labels.dtype}")
     if like is not None and labels.device != like.device:
         raise ValueError(f"{place}: labels must be on {like.device}, got {labels.device}")
+
+
+def pad_targets(targets: Targets | Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """(B, T, 5) rows [class, box], as `YOLOv9Criterion` takes them: of class -1 beyond an image's
+    boxes, and at least one such row or box, with which a batch without any box teaches too.
+
+    Shapes:
+        targets: per image {"boxes": (n, 4), "labels": (n,)}, or `Targets`; boxes of any format.
+
+    Raises:
+        TypeError, ValueError: as `pack`.
+    """
+    labels, boxes, counts = pack(targets, "pad_targets")
+    is_box = torch.arange(labels.shape[1], device=labels.device) < counts.unsqueeze(1)
+    labels = labels.masked_fill(~is_box, -1)
+    return torch.cat([labels.unsqueeze(2).to(boxes.dtype), boxes], 2)
+
+
+def normalised_targets(
+    targets: Sequence[Mapping[str, Tensor]], image_size: tuple[int, int]
+) -> list[dict[str, Tensor]]:
+    """Torchvision's targets, boxes xyxy in pixels, as `DetrCriterion` and `DFINECriterion` take
+    them: boxes cxcywh, as parts of the images (height, width). Other entries are left out.
+
+    Raises:
+        TypeError, ValueError: as `pack`.
+    """
+    height, width = image_size
+    for i, target in enumerate(targets):
+        _check(f"normalised_targets: targets[{i}]", target)
+    out = []
+    for target in targets:
+        x1, y1, x2, y2 = columns(at_least_float32(target["boxes"].reshape(-1, 4)))
+        x, w, y, h = (x1 + x2) / 2 / width, (x2 - x1) / width, (y1 + y2) / 2 / height, y2 - y1
+        boxes = torch.stack([x, y, w, h / height], -1)
+        out.append({"labels": target["labels"], "boxes": boxes})
+    return out
 
 
 def check_images(place: str, targets: Targets, n_images: int) -> None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from test_detr import Inputs, criterion_of
 from torch import Tensor, nn
 from trees import mapped
+from whole_cases import batch
 
 from detloss_triton import sum_losses
 from detloss_triton.bench.batches import DENSE as BUILDERS
@@ -23,6 +24,7 @@ from detloss_triton.demo import ranks
 from detloss_triton.demo.detectors import RECIPES
 from detloss_triton.demo.shape_images import CLASS_NAMES, ShapeImages
 from detloss_triton.demo.train import Settings, fit
+from detloss_triton.targets import unpack
 
 Arguments = dict[str, Any]
 # The criterion, the inputs of a slice of the batch, and what of them a head predicts.
@@ -113,7 +115,22 @@ def dense(name: str, counts: list[int]) -> Problem:
     return batch.make(), part, batch.differentiable
 
 
-def check(criterion: nn.Module, part: Callable[[slice], Arguments], predicted: Any, n: int) -> None:
+def whole(name: str, counts: list[int]) -> Problem:
+    """Each image has a box at least, where a loss counts an image without as one of one."""
+    case = batch(name, tuple(max(count, 1) for count in counts))
+    maps = {key: x for key, x in case.inputs.items() if key != "targets"}
+    targets = unpack(case.inputs["targets"])
+
+    def part(images: slice) -> Arguments:
+        cut = mapped(lambda _, x: x.detach()[images], maps)
+        return {**cut, "targets": targets[images]}
+
+    return case.criterion, part, tuple(maps)
+
+
+def check(
+    criterion: nn.Module, part: Callable[[slice], Arguments], predicted: Any, n: int, sent: int = 1
+) -> None:
     alone = Head(predicted)
     sum_losses(criterion(**alone(part(slice(None))))).backward()
 
@@ -125,7 +142,7 @@ def check(criterion: nn.Module, part: Callable[[slice], Arguments], predicted: A
     dist.all_reduce = lambda *args, **kwargs: (collectives.append(1), reduce(*args, **kwargs))[1]
     losses = criterion(**inputs)
     dist.all_reduce = reduce
-    assert len(collectives) == 1, f"{len(collectives)} collectives in a step"
+    assert len(collectives) == sent, f"{len(collectives)} collectives in a step"
     sum_losses(losses).backward()
     ours, expected = head.module.scale.grad, alone.scale.grad
     assert expected.any()
@@ -156,6 +173,8 @@ def main() -> None:
         for problem in (detr(counts), dfine(counts), *dense_problems):
             check(*problem, len(counts))
         check_own_unions(counts)
+        for name, sent in (("atss", 2), ("rtmdet", 1), ("yolox", 1)):
+            check(*whole(name, counts), len(counts), sent)
     check_training()
     # DDP holds the group too; were it the last to let go, it would join gloo's threads while it
     # keeps them from the interpreter's lock, and never return: `check` has dropped it by now.

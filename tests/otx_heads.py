@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -204,16 +204,25 @@ def boxes_of(n: int) -> tuple[Tensor, Tensor]:
     return torch.cat([centre - half, centre + half], 1).clamp(0, SIZE), torch.randint(5, (n,))
 
 
+# Losses of a head's features and the images' truth.
+LossesOf = Callable[[Detector, tuple[Tensor, ...], Any], dict[str, Any]]
+
+
 def step(
-    build: Callable[[Any], Detector], otx: Any, library: Any, counts: list[int], ignored: list[int]
+    build: Callable[[Any], Detector],
+    otx: Any,
+    losses_of: LossesOf,
+    counts: Sequence[int],
+    ignored: Sequence[int],
+    seed: int = 1,
 ) -> dict[str, Tensor]:
-    """Losses of a criterion of `library` behind OTX's head, and the gradients of the head.
+    """Losses behind OTX's head, and the gradients of the head.
 
     Args:
         counts: boxes of each image.
         ignored: labels that the images' annotators did not look for.
     """
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     detector = build(otx)
     head = detector.head
     if hasattr(head, "init_weights"):
@@ -228,6 +237,7 @@ def step(
     boxes, labels = zip(*map(boxes_of, counts), strict=True)
     size = (SIZE, SIZE)
     info = {"img_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0)}
+    ignored = list(ignored)
     infos = [SimpleNamespace(img_idx=i, ignored_labels=ignored, **info) for i in range(len(counts))]
     entity = SimpleNamespace(
         images=torch.zeros(len(counts), 3, *size),
@@ -236,14 +246,25 @@ def step(
         imgs_info=infos,
         batch_size=len(counts),
     )
-    inputs = head.prepare_loss_inputs(features, entity)
-    losses = detector.criterion(library)(**inputs)
+    losses = losses_of(detector, features, entity)
     dt.sum_losses(losses).backward()
     gradient = [
         (torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in head.parameters()
     ]
     found = {key: torch.cat([x.flatten() for _, x in leaves({key: losses[key]})]) for key in losses}
     return {**found, "gradient": torch.cat(gradient)}
+
+
+def by_criterion(library: Any) -> LossesOf:
+    """What the library's criterion makes of what OTX's head has assigned."""
+
+    def losses_of(detector: Detector, features: tuple[Tensor, ...], entity: Any) -> dict[str, Any]:
+        losses: dict[str, Any] = detector.criterion(library)(
+            **detector.head.prepare_loss_inputs(features, entity)
+        )
+        return losses
+
+    return losses_of
 
 
 def error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
@@ -262,10 +283,10 @@ def main() -> None:
     for build in (atss, rtmdet, ssd, yolox):
         for counts in ([3, 6], [0, 4], [0, 0], [40, 1]):
             for ignored in ([], [1, 3]) if build is atss else ([],):
-                theirs = step(build, otx, otx, counts, ignored)
+                theirs = step(build, otx, by_criterion(otx), counts, ignored)
                 for swapped, library in libraries.items():
                     with dt.validation(True):
-                        ours = step(build, otx, library, counts, ignored)
+                        ours = step(build, otx, by_criterion(library), counts, ignored)
                     batch = f"{build.__name__} {counts} ignored {ignored}, {swapped} ours"
                     print(f"{batch}: {error(ours, theirs):.1e}", flush=True)
 

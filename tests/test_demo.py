@@ -16,12 +16,10 @@ import torch
 from PIL import ExifTags, Image, ImageCms
 
 from detloss_triton import cli
-from detloss_triton.boxes import cxcywh_to_xyxy
 from detloss_triton.demo.average_precision import average_precision
 from detloss_triton.demo.coco import Entry
 from detloss_triton.demo.coco_images import BORDER_GREY, CocoImages, letterbox, mirror
 from detloss_triton.demo.decode import detections
-from detloss_triton.demo.denoising import POSITIVES, denoising_queries
 from detloss_triton.demo.detectors import RECIPES
 from detloss_triton.demo.dfine import moved_sides
 from detloss_triton.demo.pictures import running_mean
@@ -30,8 +28,6 @@ from detloss_triton.demo.samples import (
     Detections,
     InputError,
     Sample,
-    normalised_targets,
-    pad_targets,
     stack_images,
 )
 from detloss_triton.demo.shape_images import CLASS_NAMES, MOST_SHAPES, ShapeImages
@@ -39,6 +35,8 @@ from detloss_triton.demo.train import Settings, evaluate, fit, rate
 from detloss_triton.ops.queries import bin_positions, box_bins
 
 CPU = torch.device("cpu")
+# Steps in which a detector learns an image by heart.
+SIGHTS = 25
 
 
 @pytest.fixture(autouse=True)
@@ -83,67 +81,6 @@ def test_shares_of_a_batch_make_it_up() -> None:
     for rank, share in enumerate(shares):
         for a, b in zip(share, whole[rank::2], strict=True):
             assert np.array_equal(a.image, b.image) and np.array_equal(a.boxes, b.boxes)
-
-
-def test_targets_are_padded_with_class_minus_one() -> None:
-    targets = pad_targets([sample((1, 2, 3, 4, 0)), sample()], CPU)
-    assert targets.tolist() == [[[0, 1, 2, 3, 4]], [[-1, 0, 0, 0, 0]]]
-    assert pad_targets([sample()], CPU).shape == (1, 1, 5)
-
-
-def test_normalised_targets_are_centres_and_sizes() -> None:
-    two, none = normalised_targets([sample((0, 16, 32, 64, 2), (8, 8, 24, 24, 0)), sample()], CPU)
-    assert two["labels"].tolist() == [2, 0]
-    assert two["boxes"].tolist() == [[0.25, 0.625, 0.5, 0.75], [0.25, 0.25, 0.25, 0.25]]
-    assert none["labels"].shape == (0,) and none["boxes"].shape == (0, 4)
-
-
-def test_denoising_positives_stay_near_and_negatives_leave() -> None:
-    torch.manual_seed(0)
-    # Away from the edges, where corners are cut off.
-    images = [
-        sample((20, 24, 32, 40, 1), (30, 20, 44, 36, 2)),
-        sample(),
-        sample((24, 20, 40, 44, 0)),
-    ]
-    targets = normalised_targets(images, CPU)
-    queries = denoising_queries(targets, num_classes=3)
-    assert queries is not None
-    assert queries.groups == POSITIVES // 2
-    assert queries.labels.shape == (3, 4 * queries.groups)
-    assert queries.boxes.shape == (3, 4 * queries.groups, 4)
-    assert queries.positives[0].tolist() == [
-        4 * k + i for k in range(queries.groups) for i in (0, 1)
-    ]
-    assert queries.positives[1].tolist() == []
-    assert queries.positives[2].tolist() == [4 * k for k in range(queries.groups)]
-    assert (queries.labels[1] == 3).all() and (queries.boxes[1] == 0).all()
-    for image in (0, 2):
-        n = len(targets[image]["labels"])
-        truth = targets[image]["boxes"].repeat(queries.groups, 1)
-        moves = []
-        for index in (queries.positives[image], queries.positives[image] + 2):
-            moved = cxcywh_to_xyxy(queries.boxes[image, index]) - cxcywh_to_xyxy(truth)
-            moves.append((moved / truth[:, 2:].repeat(1, 2)).abs())
-        assert len(truth) == n * queries.groups
-        assert 0.1 < moves[0].max() < 0.5 and (moves[1].amax(1) >= 0.5 - 1e-5).any()
-        kept = (
-            queries.labels[image, queries.positives[image]].view(-1, n) == targets[image]["labels"]
-        )
-        assert 0.5 < kept.float().mean() < 1
-    assert denoising_queries(normalised_targets([sample(), sample()], CPU), 3) is None
-
-
-def test_denoising_groups_are_hidden_from_other_queries() -> None:
-    queries = denoising_queries(normalised_targets([sample((8, 8, 40, 40, 0))], CPU), num_classes=1)
-    assert queries is not None
-    blocked = queries.blocked(n_queries=3)
-    n = queries.labels.shape[1]
-    assert blocked.shape == (n + 3, n + 3)
-    # Any query may look at the three others, and only a denoising query at its group.
-    assert not blocked[:, n:].any() and blocked[n:, :n].all()
-    own_group = torch.eye(n // 2, dtype=torch.bool).repeat_interleave(2, 0).repeat_interleave(2, 1)
-    assert torch.equal(~blocked[:n, :n], own_group)
 
 
 def test_moved_sides_undo_the_criterions_bins() -> None:
@@ -485,13 +422,40 @@ def test_train_sums_each_term_over_the_layers(criterion: str, tmp_path: Path) ->
     assert (tmp_path / "predictions.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("criterion", ["atss", "rtmdet", "ssd", "yolox"])
+def test_a_dense_detector_has_seen_its_image(criterion: str) -> None:
+    """After a few steps on one image it finds the box there: what is decoded is what was learnt."""
+    torch.manual_seed(0)
+    shown = sample((12, 20, 40, 44, 1))
+    shown.image[20:44, 12:40] = 255
+    model = RECIPES[criterion].build(3, 64, CPU).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3)
+    for _ in range(SIGHTS):
+        losses = model(stack_images([shown] * 2, CPU), [shown] * 2)
+        optimizer.zero_grad()
+        losses["total_loss"].backward()
+        optimizer.step()
+    assert losses["total_loss"].item() == pytest.approx(
+        sum(x.item() for name, x in losses.items() if name != "total_loss")
+    )
+    # Statistics of the batches have not settled yet.
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.train()
+    with torch.no_grad():
+        first, _ = model(stack_images([shown] * 2, CPU))
+    assert first.labels[0] == 1
+    assert first.boxes[0] == pytest.approx(shown.boxes[0], abs=6)
+
+
 # Steps, and the share of the loss that may be left: a transformer needs longer, and the better its
 # boxes, the more its classification and distribution losses count.
 SHORT_TRAININGS = {"detr": (100, 0.8), "dfine": (140, 0.9), "yolov9": (100, 0.5)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("criterion", sorted(RECIPES))
+@pytest.mark.parametrize("criterion", sorted(SHORT_TRAININGS))
 def test_a_short_training_finds_shapes(criterion: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     steps, share = SHORT_TRAININGS[criterion]

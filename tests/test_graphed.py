@@ -31,6 +31,9 @@ from test_detr import EXTRAS, Inputs, criterion_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from trees import Unchanged, leaves
+from whole_cases import NAMES as WHOLE
+from whole_cases import batch as whole_batch
+from whole_cases import loss_of
 
 import detloss_triton as dt
 from detloss_triton import cli, graphs, ranks, recorder, signature
@@ -166,6 +169,20 @@ def test_few_graphs_over_random_box_counts(name: str, again: Again) -> None:
                 criterion(**batch.inputs)
     assert again.recorded <= 2 * 3
     assert sum(graph.replays for graph in recorded(criterion)) >= 30
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_losses(name: str, again: Again) -> None:
+    """Boxes as they come, in lists; assigned anew in each step."""
+    criterion = graphed(loss_of(name))
+    with dt.use_backend("torch"):
+        for seed, counts in enumerate(((3, 6), (0, 8), (0, 0), (5, 1))):
+            case = whole_batch(name, counts, seed)
+            case.inputs["targets"] = dt.targets.unpack(case.inputs["targets"])
+            assert_equal(criterion, case, seed)
+    assert again.recorded == 2
+    # With its first step a YOLOv9 changes, as it learns how large images are.
+    assert sum(graph.replays for graph in recorded(criterion)) == 3 - (name == "yolov9")
 
 
 def trained(name: str = "rtmdet", n: int = 3, **options: Any) -> tuple[Any, list[Case]]:

@@ -18,8 +18,7 @@ from .trees import leaves
 # Operations that make a view or allocate, and start nothing on a GPU.
 FREE = (
     "view", "expand", "slice", "select", "squeeze", "permute", "transpose", "detach", "alias",
-    "as_strided", "split", "unbind", "empty", "t.default", "narrow", "reshape", "unflatten",
-    "lift_fresh",
+    "as_strided", "split", "unbind", "empty", "narrow", "reshape", "unflatten", "lift_fresh",
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from detloss_triton.ranks import are_several
 from detloss_triton.reduction import rank_means, unbound
 from detloss_triton.settings import described
 from detloss_triton.shapes import check_counts, check_mapping, check_numbers, check_shapes
-from detloss_triton.targets import Targets, check_images, counts_of, pack, room, unpack
+from detloss_triton.targets import Targets, check_images, counts_of, pack, unpack, with_room
 from detloss_triton.validate import (
     CXCYWH,
     DECODED,
@@ -265,10 +265,9 @@ class SetCriterion(nn.Module):
         self._read_metas({k: v for k, v in arguments.items() if k not in _ARGUMENTS})
         targets, dn_meta = self.prepare(arguments["targets"], outputs.get("dn_meta"))
         n_targets = targets.labels.shape[1]
-        if more := max(room(n_targets) - n_targets, 0):
-            labels = pad(targets.labels, (0, more), value=-1)
-            targets = Targets(labels, pad(targets.boxes, (0, 0, 0, more)), targets.counts)
+        targets = with_room(targets)
         if dn_meta is not None:
+            more = targets.labels.shape[1] - n_targets
             positives = pad(dn_meta["dn_positive_idx"], (0, more), value=-1)
             outputs = {**outputs, "dn_meta": {**dn_meta, "dn_positive_idx": positives}}
         if num_boxes is None and are_several():

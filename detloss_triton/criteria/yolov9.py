@@ -111,7 +111,8 @@ class YOLOv9Criterion(nn.Module):
         heads = [main_preds] if aux_preds is None else [main_preds, aux_preds]
         self._follow_vec2box()
         self._check_parts()
-        for name, head in zip(("main_preds", "aux_preds"), heads, strict=False):
+        names = ("main_preds", "aux_preds")[: len(heads)]
+        for name, head in zip(names, heads, strict=True):
             self._check_head(name, head, len(targets))
         self._check_shapes(targets=(targets, ("B", "T", 5)))
         if enabled():

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 STRIDES = (8, 16, 32)
+# Logit of the share of anchors that an untrained classifier calls an object: near the truth, so
+# that the first steps are not spent on unlearning thousands of false alarms.
+UNLIKELY = math.log(0.01 / 0.99)
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
@@ -15,6 +20,14 @@ def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequ
         nn.BatchNorm2d(outputs),
         nn.SiLU(inplace=True),
     )
+
+
+def branch(channels: int, outputs: int, bias: float = 0.0) -> nn.Sequential:
+    """The layers of a head that predict `outputs` maps, which start around a bias."""
+    last = nn.Conv2d(channels, outputs, 1)
+    assert last.bias is not None
+    nn.init.constant_(last.bias, bias)
+    return nn.Sequential(conv(channels, channels), last)
 
 
 class Residual(nn.Module):

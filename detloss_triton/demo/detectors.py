@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .dense import ATSSDetector, RTMDetDetector, SSDDetector, YOLOXDetector
 from .detr import DetrDetector
 from .dfine import DFINEDetector
 from .yolov9 import YOLOv9Detector
@@ -28,7 +29,11 @@ class Recipe:
 
 
 RECIPES = {
+    "atss": Recipe(ATSSDetector, steps=500, learning_rate=4e-3),
     "detr": Recipe(DetrDetector, steps=500, learning_rate=4e-3),
     "dfine": Recipe(DFINEDetector, steps=500, learning_rate=4e-3),
+    "rtmdet": Recipe(RTMDetDetector, steps=500, learning_rate=8e-3),
+    "ssd": Recipe(SSDDetector, steps=500, learning_rate=4e-3),
     "yolov9": Recipe(YOLOv9Detector, steps=500, learning_rate=8e-3),
+    "yolox": Recipe(YOLOXDetector, steps=500, learning_rate=4e-3),
 }

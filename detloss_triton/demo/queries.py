@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detloss_triton import sum_losses
+from detloss_triton import Denoising, denoising_queries, normalised_targets, sum_losses
 from detloss_triton.boxes import cxcywh_to_xyxy
 
 from .backbone import STRIDES, Pyramid, conv
 from .decode import detections
-from .denoising import Denoising, denoising_queries
-from .samples import Detections, Sample, normalised_targets
+from .samples import Detections, Sample, targets_of
 from .transformer import DecoderLayer, logit, perceptron, zero_start
 
 CHANNELS = 64
 QUERIES = 60
+# Denoising queries of an image that belong to a box, about.
+POSITIVES = 24
 LAYERS = 3
 # Side of the box that each pixel of a level starts from, in strides.
 ANCHOR_SIZE = 2.5
@@ -92,8 +93,10 @@ class QueryDetector(nn.Module, ABC):
         """Shapes: images (B, 3, S, S) in [0, 1]."""
         if self.training:
             assert samples is not None
-            targets = normalised_targets(samples, images.device)
-            outputs = self.decode(self._start(images, denoising_queries(targets, self.num_classes)))
+            size = images.shape[-2], images.shape[-1]
+            targets = normalised_targets(targets_of(samples, images.device), size)
+            denoising = denoising_queries(targets, self.num_classes, POSITIVES)
+            outputs = self.decode(self._start(images, denoising))
             return by_term(self.criterion(outputs, targets))
         outputs = self.decode(self._start(images, None))
         boxes = cxcywh_to_xyxy(outputs["pred_boxes"]) * images.shape[-1]

@@ -67,27 +67,12 @@ def stack_images(samples: Sequence[Sample], device: torch.device) -> Tensor:
     return images.permute(0, 3, 1, 2).float() / 255
 
 
-def pad_targets(samples: Sequence[Sample], device: torch.device) -> Tensor:
-    """Pack boxes into (B, T, 5) rows `[class, x1, y1, x2, y2]` in pixels.
-
-    Unused rows hold class -1 and a zero box. T is at least 1, so that a batch without any box keeps
-    the shape that the criterion expects and still teaches the background.
-    """
-    longest = max(1, *(len(sample.labels) for sample in samples))
-    targets = np.zeros((len(samples), longest, 5), np.float32)
-    targets[..., 0] = -1
-    for rows, sample in zip(targets, samples, strict=True):
-        rows[: len(sample.labels), 0] = sample.labels
-        rows[: len(sample.labels), 1:] = sample.boxes
-    return torch.from_numpy(targets).to(device)
-
-
-def normalised_targets(samples: Sequence[Sample], device: torch.device) -> list[dict[str, Tensor]]:
-    """Per image {"labels" (n,) int64, "boxes" (n, 4) normalised cxcywh}, for the DETR family."""
-    targets = []
-    for sample in samples:
-        low, high = torch.from_numpy(sample.boxes / np.float32(len(sample.image))).chunk(2, 1)
-        boxes = torch.cat([(low + high) / 2, high - low], 1)
-        labels = torch.from_numpy(sample.labels)
-        targets.append({"labels": labels.to(device), "boxes": boxes.to(device)})
-    return targets
+def targets_of(samples: Sequence[Sample], device: torch.device) -> list[dict[str, Tensor]]:
+    """Per image {"labels": (n,), "boxes": (n, 4) xyxy in pixels}."""
+    return [
+        {
+            "labels": torch.from_numpy(sample.labels).to(device),
+            "boxes": torch.from_numpy(sample.boxes).to(device),
+        }
+        for sample in samples
+    ]

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from detloss_triton import Vec2Box, YOLOv9Criterion
+from detloss_triton import Vec2Box, YOLOv9Criterion, pad_targets
 
-from .backbone import STRIDES, Pyramid, conv
+from .backbone import STRIDES, UNLIKELY, Pyramid, branch
 from .decode import detections
-from .samples import Detections, Sample, pad_targets
+from .samples import Detections, Sample, targets_of
 
 BINS = 16
 CHANNELS = 64
-# Share of anchors that the untrained classifier calls an object: near the truth, so that the
-# first steps are not spent on unlearning thousands of false alarms.
-PRIOR = 0.01
 
 
 class YOLOv9Detector(nn.Module):
@@ -31,10 +27,8 @@ class YOLOv9Detector(nn.Module):
     def __init__(self, num_classes: int, image_size: int, device: torch.device) -> None:
         super().__init__()
         self.pyramid = Pyramid(CHANNELS)
-        self.classify = nn.ModuleList(
-            _branch(num_classes, bias=math.log(PRIOR / (1 - PRIOR))) for _ in STRIDES
-        )
-        self.locate = nn.ModuleList(_branch(4 * BINS, bias=0.0) for _ in STRIDES)
+        self.classify = nn.ModuleList(branch(CHANNELS, num_classes, UNLIKELY) for _ in STRIDES)
+        self.locate = nn.ModuleList(branch(CHANNELS, 4 * BINS) for _ in STRIDES)
         self.vec2box = Vec2Box(None, (image_size, image_size), list(STRIDES), device)
         self.criterion = YOLOv9Criterion(num_classes, self.vec2box)
         self.register_buffer("bins", torch.arange(BINS, dtype=torch.float32), persistent=False)
@@ -52,7 +46,7 @@ class YOLOv9Detector(nn.Module):
         ]
         if self.training:
             assert samples is not None
-            return self.criterion(predictions, pad_targets(samples, images.device))
+            return self.criterion(predictions, pad_targets(targets_of(samples, images.device)))
         logits, _, boxes = self.vec2box(predictions)
         return detections(logits.sigmoid(), boxes, images.shape[-1])
 
@@ -61,10 +55,3 @@ class YOLOv9Detector(nn.Module):
         distribution = corners.unflatten(1, (BINS, 4))
         distances = torch.einsum("bnshw,n->bshw", distribution.softmax(1), self.bins)
         return logits, distribution, distances
-
-
-def _branch(outputs: int, bias: float) -> nn.Sequential:
-    last = nn.Conv2d(CHANNELS, outputs, 1)
-    assert last.bias is not None
-    nn.init.constant_(last.bias, bias)
-    return nn.Sequential(conv(CHANNELS, CHANNELS), last)

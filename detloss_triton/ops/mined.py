@@ -107,16 +107,19 @@ def mined(
         scores, labels, weights, codes, targets, box_weights
     )  # fmt: skip
     dtype = arithmetic_dtype(score, box)
-    n_classes = score.shape[-1] - 1
+    weight, n_classes = weight.to(dtype), score.shape[-1] - 1
     by = divisor[0].to(dtype) if divisor else number or 1.0
     if isinstance(by, Tensor):
         by = by.masked_fill(by == 0, 1)
-    each = distribution.two_bin(score, label, None, None, weight=weight, keep=2)
     positive, negative = is_object(label, n_classes), label == n_classes
     n_taken = positive.sum(1, keepdim=True) * ratio
-    hardness = each.detach().masked_fill(~negative, -torch.inf)
+    # Few rows are taken: what the others cost is looked at, and not differentiated.
+    hardness = (_as_background(score.detach().to(dtype)) * weight).masked_fill(weight == 0, 0)
+    hardness = hardness.masked_fill(~negative, -torch.inf)
     counts = positive | (selection.hardest(hardness, n_taken) & negative)
-    classes = each.masked_fill(~counts, 0).sum(1) / by
+    # Weights are divided, not losses: gradients are then right as they are found.
+    taken = weight.masked_fill(~counts, 0) / by
+    classes = distribution.two_bin(score, label, None, None, weight=taken, keep=1)
     if decode:
         box = coding.delta_decode(
             box,
@@ -130,6 +133,13 @@ def mined(
     pair = box.unsqueeze(-1), target.unsqueeze(-1)
     boxes = regression.smooth_l1(*pair, weight=sides, keep=1, beta=beta) / (by + _EPS)
     return torch.cat([classes, boxes])
+
+
+def _as_background(score: Tensor) -> Tensor:
+    """What rows (N, A, C + 1) cost that are background, the last class."""
+    highest = score.amax(-1)
+    total = (score - highest.unsqueeze(-1)).exp_().sum(-1)
+    return total.log() - (score[..., -1] - highest)
 
 
 mined.limited(distribution.two_bin.beyond)

@@ -10,11 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from detloss_triton.boxes import cxcywh_to_xyxy
-
-# Images with few boxes get more groups, so that a step always has about as many queries.
-POSITIVES = 24
-WRONG_LABELS = 0.25
+from .boxes import cxcywh_to_xyxy
+from .shapes import check_counts, check_numbers
 
 
 @dataclass(frozen=True)
@@ -49,32 +46,52 @@ class Denoising:
 
 
 def denoising_queries(
-    targets: Sequence[Mapping[str, Tensor]], num_classes: int
+    targets: Sequence[Mapping[str, Tensor]],
+    num_classes: int,
+    positives: int = 100,
+    wrong_labels: float = 0.25,
+    box_noise: float = 1.0,
 ) -> Denoising | None:
     """Spoil the true boxes of a batch; None if it has none.
 
-    A positive's corners move by less than half the box's size, a negative's by more: the one is to
-    find its way back, the other to learn that it is background.
+    Contrastive denoising (Zhang et al., 2022, https://arxiv.org/abs/2203.03605): a positive's
+    corners move by less than `box_noise` halves of the box's size, a negative's by one to two
+    times that. The one is to find its way back, the other to learn that it is background.
+
+    Args:
+        num_classes: number of object classes C; label C is that of no box.
+        positives: about how many an image has: the fewer boxes, the more groups.
+        wrong_labels: part of the labels that are drawn anew, from all classes.
+
+    Shapes:
+        targets: per image {"boxes": (n, 4) normalised cxcywh, "labels": (n,)}, see
+            `normalised_targets`.
+
+    Raises:
+        TypeError, ValueError: for counts that are not positive, or noise that is no number.
     """
-    longest = max(len(target["labels"]) for target in targets)
+    place = "denoising_queries"
+    check_counts(place, 1, num_classes=num_classes, positives=positives)
+    check_numbers(place, wrong_labels=wrong_labels, box_noise=box_noise)
+    longest = max((len(target["labels"]) for target in targets), default=0)
     if longest == 0:
         return None
-    groups = max(1, POSITIVES // longest)
+    groups = max(1, positives // longest)
     labels = pad_sequence([t["labels"] for t in targets], True, num_classes).repeat(1, 2 * groups)
     boxes = pad_sequence([t["boxes"] for t in targets], True).repeat(1, 2 * groups, 1)
     index = torch.arange(labels.shape[1], device=labels.device)
     negative = index // longest % 2
 
-    wrong = torch.rand(labels.shape, device=labels.device) < WRONG_LABELS
+    wrong = torch.rand(labels.shape, device=labels.device) < wrong_labels
     other = torch.randint(num_classes, labels.shape, device=labels.device)
     labels = torch.where(wrong & (labels < num_classes), other, labels)
 
     moves = (torch.rand_like(boxes) + negative[:, None]) * torch.rand_like(boxes).sub(0.5).sign()
-    corners = cxcywh_to_xyxy(boxes) + moves * boxes[..., 2:].repeat(1, 1, 2) / 2
+    corners = cxcywh_to_xyxy(boxes) + moves * boxes[..., 2:].repeat(1, 1, 2) * (box_noise / 2)
     low, high = corners.clamp(0, 1).chunk(2, -1)
     # A negative's corners may have changed places.
     boxes = torch.cat([(low + high) / 2, (high - low).abs()], -1)
 
     first = index[:: 2 * longest, None]
-    positives = [(first + index[: len(t["labels"])]).flatten() for t in targets]
-    return Denoising(labels, boxes, positives, groups)
+    of_images = [(first + index[: len(t["labels"])]).flatten() for t in targets]
+    return Denoising(labels, boxes, of_images, groups)

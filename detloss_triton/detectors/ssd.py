@@ -1,0 +1,113 @@
+"""SSD, from raw maps to losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detloss_triton.anchors import Anchors, Size
+from detloss_triton.assigners import MaxIoUAssigner
+from detloss_triton.assigners.assignment import Given
+from detloss_triton.coders import DeltaXYWHBBoxCoder
+from detloss_triton.criteria import SSDCriterion
+
+from .whole import Maps, PriorLoss, check_channels, map_sizes
+
+STDS = (0.1, 0.1, 0.2, 0.2)
+
+
+class SSDLoss(PriorLoss):
+    """`SSDCriterion` of what `MaxIoUAssigner` assigns to the anchors.
+
+    Args:
+        num_classes: number of object classes C; class C is background.
+        anchors: called with the maps' (height, width) and `device` it returns `Anchors`, such as
+            `partial(clustered_anchors, strides=..., widths=..., heights=...)`.
+        assigner: called as a `MaxIoUAssigner`, the default with thresholds of 0.4 as OTX's SSD.
+        criterion: called as an `SSDCriterion`, the default that of OTX's SSD.
+        bbox_coder: what encodes the targets' boxes, unless the criterion compares decoded ones.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        anchors: Callable[..., Anchors],
+        assigner: Any = None,
+        criterion: Any = None,
+        bbox_coder: Any = None,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.anchors = anchors
+        if assigner is None:
+            assigner = MaxIoUAssigner(pos_iou_thr=0.4, neg_iou_thr=0.4, gt_max_assign_all=False)
+        self.assigner = assigner
+        self.coder = DeltaXYWHBBoxCoder(target_stds=STDS) if bbox_coder is None else bbox_coder
+        self.criterion = SSDCriterion(num_classes, self.coder) if criterion is None else criterion
+
+    def priors(self, sizes: Sequence[Size], device: torch.device) -> Anchors:
+        """The anchors of all levels: of a level those of one shape after those of another, so that
+        each map is copied once, and none of its channels scattered."""
+        boxes, counts = self.anchors(sizes, device=device)
+        levels = zip(boxes.split(counts), sizes, strict=True)
+        shapes = [shape for level, (h, w) in levels for shape in level.view(h * w, -1, 4).unbind(1)]
+        return Anchors(torch.cat(shapes), counts)
+
+    def rows(self, name: str, maps: Maps, features: int) -> Tensor:
+        """Maps (N, k * features, H, W) as rows (N, A, features), one anchor's after another's."""
+        check_channels(self, name, maps, features)
+        shapes = [shape for level in maps for shape in level.flatten(2).split(features, 1)]
+        return torch.cat(shapes, 2).transpose(1, 2)
+
+    def decoded(self, codes: Tensor, priors: Anchors) -> Tensor:
+        """Boxes (N, A, 4) of deltas of the anchors."""
+        boxes: Tensor = self.coder.decode(priors.boxes, codes)
+        return boxes
+
+    def forward(
+        self, cls_score: Maps, bbox_pred: Maps, targets: Given, priors: Anchors | None = None
+    ) -> dict[str, list[Tensor]]:
+        """Losses of each image, as of `SSDCriterion`.
+
+        Args:
+            priors: the anchors, by default those of the maps' sizes.
+
+        Shapes, with k anchors at a position:
+            cls_score: of each level (N, k * (C + 1), H, W) logits.
+            bbox_pred: of each level (N, k * 4, H, W) deltas of anchors.
+            targets: per image {"boxes": (n, 4) xyxy in pixels, "labels": (n,)}, or `Targets` of
+                such boxes.
+
+        Raises:
+            TypeError, ValueError: for arguments of other shapes, or on several devices.
+        """
+        sizes = map_sizes(self, cls_score=cls_score, bbox_pred=bbox_pred)
+        if priors is None:
+            priors = self.priors(sizes, cls_score[0].device)
+        scores = self.rows("cls_score", cls_score, self.num_classes + 1)
+        codes = self.rows("bbox_pred", bbox_pred, 4)
+        found = self.assigner(priors.boxes, targets)
+        has_target = found.target >= 0
+        labels = found.label.masked_fill(~has_target, self.num_classes)
+        weights = found.metric.new_ones(()).expand(labels.shape)
+        if found.ignored is not None:
+            weights = weights.masked_fill(found.ignored, 0)
+        boxes = found.box
+        # Without a target a box is zeros, and one of no size has no logarithm.
+        of_boxes = (boxes[..., 2:] > boxes[..., :2]).all(2, keepdim=True)
+        if not getattr(self.criterion, "reg_decoded_bbox", False):
+            boxes = self.coder.encode(priors.boxes, torch.where(of_boxes, boxes, priors.boxes))
+        losses: dict[str, list[Tensor]] = self.criterion(
+            scores,
+            codes,
+            priors.boxes,
+            labels,
+            weights,
+            boxes,
+            of_boxes.to(boxes.dtype).expand(boxes.shape),
+            has_target.sum(1).clamp(min=1).sum(),
+        )
+        return losses
