@@ -692,7 +692,7 @@ class TwoRanks:
         x.mul_(2)
 
 
-@pytest.mark.parametrize("name", ["rtmdet", "detr", "yolov9"])
+@pytest.mark.parametrize("name", ["rtmdet", "detr", "dfine", "yolov9"])
 def test_one_collective_a_step_whether_recorded_or_not(
     name: str, again: Again, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,15 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from detloss_triton import signature
+
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """(dotted path, tensor) of every tensor, in order."""
-    if isinstance(tree, Tensor):
-        yield path, tree
-    elif isinstance(tree, (dict, list, tuple)):
-        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        for key, value in items:
-            yield from leaves(value, f"{path}.{key}" if path else str(key))
+    return ((here, x) for here, x in signature.leaves(tree, path) if isinstance(x, Tensor))
 
 
 def mapped(change: Callable[[str, Tensor], Tensor], tree: Any, path: str = "") -> Any:

@@ -148,7 +148,7 @@ class DFINECriterion(LocalByLayer, ours=True):
         owns = [self._own_matches(layers, step) for layers in step.main]
         union = self._union([found for found, _ in owns], step)
         counts = []
-        if self.use_uni_set and self.union_over_ranks and are_several():
+        if self._reduces_more():
             counts.append((union >= 0).sum(dtype=arithmetic_dtype(outputs["pred_boxes"])))
         norm, *of_union = count_boxes(step.targets, num_boxes, outputs["pred_boxes"], *counts)
         matched = self._matched_norm(norm)
@@ -173,6 +173,9 @@ class DFINECriterion(LocalByLayer, ours=True):
             losses.update(self._query_losses(layers, given, of_all, weights))
             losses.update(self._local(layers, given, of_all, union, scales))
         return losses
+
+    def _reduces_more(self) -> bool:
+        return self.use_uni_set and self.union_over_ranks and are_several()
 
     def _union(self, found: list[Tensor], step: Step) -> Tensor:
         """(1, B, Q) the union of all layers' matches; or of the decoder's last, which has as many

@@ -259,7 +259,8 @@ class SetCriterion(nn.Module):
     def repeatable(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `forward` packed, so that their shapes repeat from step to step.
 
-        With several ranks also the normaliser, as these may hold targets of different shapes.
+        With several ranks also the normaliser, as these may hold targets of different shapes;
+        unless `forward` reduces it with others.
         """
         outputs, num_boxes = arguments["outputs"], arguments.get("num_boxes")
         self._read_metas({k: v for k, v in arguments.items() if k not in _ARGUMENTS})
@@ -270,9 +271,13 @@ class SetCriterion(nn.Module):
             more = targets.labels.shape[1] - n_targets
             positives = pad(dn_meta["dn_positive_idx"], (0, more), value=-1)
             outputs = {**outputs, "dn_meta": {**dn_meta, "dn_positive_idx": positives}}
-        if num_boxes is None and are_several():
+        if num_boxes is None and are_several() and not self._reduces_more():
             (num_boxes,) = count_boxes(targets, None, outputs["pred_boxes"])
         return {"outputs": outputs, "targets": targets, "num_boxes": num_boxes}
+
+    def _reduces_more(self) -> bool:
+        """Whether ranks are to agree on more than the number of boxes."""
+        return False
 
     def _step(
         self, outputs: Output, targets: AnyTargets, num_boxes: Any, metas: Mapping[str, Any]

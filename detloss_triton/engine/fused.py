@@ -209,7 +209,8 @@ class Sum:
 def forward(
     call: FusedCall, weight: None, tensors: Tensors, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    return call.passes(tensors).forward(call, tensors)
+    passes: Passes = call.passes(tensors)
+    return passes.forward(call, tensors)
 
 
 def backward(
@@ -220,5 +221,5 @@ def backward(
     wanted: Sequence[bool],
     found: Tensor,
 ) -> Gradients:
-    gradients: Gradients = call.passes(tensors).backward(call, tensors, dout, wanted, found)
-    return gradients
+    passes: Passes = call.passes(tensors)
+    return passes.backward(call, tensors, dout, wanted, found)
