@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +29,15 @@ from .shapes import check_counts
 from .signature import State, described, layout, leaves, mapped
 from .warn import warn_once
 
+_Module = TypeVar("_Module", bound=nn.Module)
+
 # Under this name a criterion holds its graphs.
 _HELD = "_graphs_of_calls"
 # Signatures without a graph that are remembered.
 _MOST_KNOWN = 256
 
 
-def graphed(criterion: nn.Module, *, max_graphs: int = 8, warmup: int = 1, slots: int = 1) -> Any:
+def graphed(criterion: _Module, *, max_graphs: int = 8, warmup: int = 1, slots: int = 1) -> _Module:
     """The criterion with its steps replayed as graphs of launches: same call, losses, gradients.
 
     It shares modules and tensors with the one given, is of a class derived from its class, and has

@@ -205,6 +205,9 @@ class CrossEntropyLoss(Loss):
             distribution.two_bin, cls_score, label, None, None, weight=weight, **rest
         )
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def _weights_for(self, scores: Tensor) -> Tensor:
         assert self._class_weight is not None and self.class_weight is not None
         if self._class_weight.shape != scores.shape[-1:]:
@@ -309,6 +312,9 @@ class CrossSigmoidFocalLoss(Loss):
             rest |= {"avg_factor": avg_factor, "avg_eps": 0.0, "count": pred.numel()}
         return self._reduced(op, pred, targets, None, valid_label_mask, weight=weight, **rest)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class QualityFocalLoss(Loss):
     """Quality focal loss (Li et al., 2020), one loss per row, summed over its classes.
@@ -373,6 +379,9 @@ class QualityFocalLoss(Loss):
         losses = self._reduced(op, *entries, weight=weight, count=pred.shape[:-1].numel(), **rest)
         return losses.sum(-1) if losses.dim() > 0 else losses
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 def _logit(p: Tensor) -> Tensor:
     """Logits of probabilities, finite at 0 and 1 in float32."""
@@ -418,6 +427,9 @@ class _BoxLoss(Loss):
             override=reduction_override,
             **self._constants(),
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class IoULoss(_BoxLoss):
@@ -498,6 +510,9 @@ class L1Loss(Loss):
         rest: dict[str, Any] = {"avg_factor": avg_factor, "override": reduction_override}
         return self._reduced(regression.l1, pred, target, weight=weight, **rest)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class BCELoss(nn.Module):
     """YOLOv9's classification loss: the sum of binary cross-entropies over the sum of targets."""
@@ -512,6 +527,9 @@ class BCELoss(nn.Module):
         )
         entries = classification.dense(predicts_cls, targets_cls.detach())
         return classification.binary_cross_entropy(*entries) / cls_norm
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 def _matched(
@@ -570,6 +588,9 @@ class BoxLoss(nn.Module):
         )
         return losses / cls_norm
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class DFLoss(nn.Module):
     """YOLOv9's distribution focal loss (Li et al., 2020) of the matched anchors' four sides.
@@ -621,3 +642,6 @@ class DFLoss(nn.Module):
             weight=(weight / 4).unsqueeze(-1).expand(left.shape),
         )
         return losses / cls_norm
+
+    if TYPE_CHECKING:
+        __call__ = forward

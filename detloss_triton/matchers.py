@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -335,6 +335,9 @@ class HungarianMatcher(nn.Module):
             queries = order[i, : min(n, found.shape[1])]
             pairs.append((queries, found[i][queries]))
         return pairs
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 _COSTS = ("cost_class", "cost_bbox", "cost_giou")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import os
 import subprocess
 import sys
@@ -11,6 +12,9 @@ from pathlib import Path
 
 import pytest
 from machine import TESTS
+from torch import nn
+
+import detloss_triton as dt
 
 ROOT = TESTS.parent
 PACKAGE = ROOT / "detloss_triton"
@@ -171,6 +175,15 @@ def test_one_file_asks_about_devices_and_one_about_compilers() -> None:
 
 def test_only_the_engine_and_graphs_of_it_have_functions_of_their_own() -> None:
     assert files_with("autograd.Function") == {"engine.dispatch", "engine.traced", "recorded"}
+
+
+def test_calls_of_modules_are_typed() -> None:
+    """What a type checker makes of it is in `typing_of_calls.py`."""
+    kinds = [x for x in vars(dt).values() if isinstance(x, type) and issubclass(x, nn.Module)]
+    assert len(kinds) > 20
+    for kind in kinds:
+        owner = next(x for x in kind.__mro__ if "forward" in vars(x))
+        assert "        __call__ = forward\n" in inspect.getsource(owner), kind
 
 
 def test_kernels_and_device_functions_are_narrow() -> None:

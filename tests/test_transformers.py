@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detloss_triton.integrations.transformers import apply_to
+from detloss_triton.integrations.transformers import apply_to, register, unregister
 
 transformers = pytest.importorskip("transformers")
 
@@ -203,6 +204,43 @@ def test_a_model_may_be_copied_and_saved(name: str, tmp_path: Path) -> None:
     assert torch.equal(step(model, batch(2, 3))[0].loss, expected.loss)
     loaded = type(model).from_pretrained(tmp_path).train()
     assert torch.equal(step(apply_to(loaded), batch(2, 3))[0].loss, expected.loss)
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    register(compatible=True)
+    register(compatible=True)  # once more changes nothing
+    yield
+    unregister()
+
+
+@over_models
+def test_losses_of_all_models_may_be_ours(name: str, registered: None) -> None:
+    """Of a model that was made before as well as of one that is made now."""
+    found, gradients = step(model_of(name), batch(2, 3))
+    unregister()
+    applied, expected = step(apply_to(model_of(name), compatible=True), batch(2, 3))
+    theirs, _ = step(model_of(name), batch(2, 3))
+    assert set(found.loss_dict) == set(applied.loss_dict)
+    assert torch.equal(found.loss, applied.loss)
+    assert all(torch.equal(gradients[key], expected[key]) for key in expected)
+    assert any("cardinality" in key for key in theirs.loss_dict) == (name in ONE_STAGE)
+
+
+def test_a_registered_loss_is_not_that_of_other_models(registered: None) -> None:
+    """YOLOS finds its loss where DETR does."""
+    config = transformers.YolosConfig(
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+        image_size=[32, 32],
+        num_detection_tokens=5,
+        num_labels=CLASSES,
+    )
+    model = transformers.YolosForObjectDetection(config)
+    labels = batch(2)["labels"]
+    assert "cardinality_error" in model(torch.zeros(1, 3, 32, 32), labels=labels).loss_dict
 
 
 @pytest.mark.parametrize("name", ["rt_detr", "d_fine"])

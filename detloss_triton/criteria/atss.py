@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -229,6 +229,9 @@ class ATSSCriterion(nn.Module):
             "loss_bbox": losses[n : 2 * n],
             "loss_centerness": losses[2 * n :],
         }
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _terms(self) -> dict[str, Any] | None:
         """What `dense` computes if it knows the modules and the coder."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -78,6 +78,9 @@ class DetrCriterion(LayerByLayer, ours=True):
             given, of_all = self._given_matches(layers, step), self._denoising_norm(step, norm)
             losses.update(self._of_layers(names, layers, given, of_all))
         return losses
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _queries(self, suffix: str) -> str:
         # Matched on its own, a layer of the encoder may have as many as it likes.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -173,6 +173,9 @@ class DFINECriterion(LocalByLayer, ours=True):
             losses.update(self._query_losses(layers, given, of_all, weights))
             losses.update(self._local(layers, given, of_all, union, scales))
         return losses
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _reduces_more(self) -> bool:
         return self.use_uni_set and self.union_over_ranks and are_several()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -145,6 +145,9 @@ class RTMDetCriterion(nn.Module):
             )
         )
         return {"loss_cls": losses[: len(scores)], "loss_bbox": losses[len(scores) :]}
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _terms(self) -> dict[str, Any] | None:
         """What `dense` computes if it knows the modules."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -152,6 +152,9 @@ class SSDCriterion(nn.Module):
         )
         each, n = unbound(losses.unsqueeze(1)), len(scores)
         return {"loss_cls": each[:n], "loss_bbox": [loss.squeeze(0) for loss in each[n:]]}
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         if self.bbox_coder is None:

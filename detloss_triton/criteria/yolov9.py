@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +129,9 @@ class YOLOv9Criterion(nn.Module):
         mean = total.mean()
         cls, dfl, iou = unbound(total)
         return {"loss_cls": cls, "loss_df": dfl, "loss_iou": iou, "total_loss": mean}
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def repeatable(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `forward`, their targets padded to a number of rows that repeats."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -171,6 +171,9 @@ class YOLOXCriterion(nn.Module):
             raw = _rows(flatten_bbox_preds, index)
             loss["loss_l1"] = _of_found(self.loss_l1, raw, l1_targets, found)
         return {name: value / norm for name, value in loss.items()}
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _terms(self) -> dict[str, Any] | None:
         """What `positives` computes if it knows the modules."""

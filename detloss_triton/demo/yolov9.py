@@ -46,7 +46,9 @@ class YOLOv9Detector(nn.Module):
         ]
         if self.training:
             assert samples is not None
-            return self.criterion(predictions, pad_targets(targets_of(samples, images.device)))
+            losses = self.criterion(predictions, pad_targets(targets_of(samples, images.device)))
+            assert losses is not None  # padded, there is a row
+            return losses
         logits, _, boxes = self.vec2box(predictions)
         return detections(logits.sigmoid(), boxes, images.shape[-1])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -124,3 +124,6 @@ class ATSSLoss(PriorLoss):
             n_positive,
         )
         return losses
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -94,3 +94,6 @@ class RTMDetLoss(PriorLoss):
             [(stride, stride) for stride in self.strides],
         )
         return losses
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -111,3 +111,6 @@ class SSDLoss(PriorLoss):
             has_target.sum(1).clamp(min=1).sum(),
         )
         return losses
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -60,6 +60,9 @@ class YOLOv9Loss(WholeLoss):
         rows = pad_targets(pack(targets, type(self).__name__, like))
         losses: dict[str, Tensor] = self.criterion(main_preds, rows, aux_preds)
         return losses
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def repeatable(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `forward`, with targets in shapes that repeat."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -102,6 +102,9 @@ class YOLOXLoss(PriorLoss):
         targets = pack(targets, type(self).__name__, boxes)
         found = self.assigner(logits.detach(), objects.detach(), boxes.detach(), priors, targets)
         return self._losses(objects, logits, codes, boxes, found, priors, targets.labels.shape[1])
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _losses(
         self,

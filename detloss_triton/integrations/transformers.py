@@ -4,6 +4,7 @@ Conditional and Deformable DETR.
     from detloss_triton.integrations.transformers import apply_to
 
     apply_to(model)  # model(pixel_values, labels=labels).loss is ours
+    register()  # or: so is every model's of these kinds, in this process
 
 What a model hands to its loss, stacked layers with denoising queries first, is split here, and the
 losses have transformers' keys, but for D-FINE's further layers, unless `compatible`. A
@@ -31,6 +32,11 @@ Layer = dict[str, Tensor]
 _OF_LAST = ("pred_logits", "pred_boxes", "pred_corners", "ref_points", "up", "reg_scale")
 _KIND = "ForObjectDetection"
 _MODELS = ("rt_detr", "rt_detr_v2", "d_fine", "detr", "conditional_detr", "deformable_detr")
+# Under which transformers looks for their losses; DETR's is the one without a name of its own.
+_NAMES = (
+    *(f"{x}{_KIND}" for x in ("RTDetr", "RTDetrV2", "DFine", "ConditionalDetr", "DeformableDetr")),
+    _KIND,
+)
 
 
 def apply_to(model: _Model, compatible: bool = False) -> _Model:
@@ -58,6 +64,56 @@ def apply_to(model: _Model, compatible: bool = False) -> _Model:
     # Not a module: as a part of the model it would not be found.
     model.loss_function = DetectionLoss(config, compatible)  # type: ignore[assignment]
     return model
+
+
+def register(compatible: bool = False) -> None:
+    """Have all models of these kinds compute our losses, those not yet made or loaded included.
+
+    Our losses take the places of transformers' in its `LOSS_MAPPING`. A model of another kind that
+    is served from the same place goes on as before, and one whose own `loss_function` was set too.
+
+    Args:
+        compatible: as in `apply_to`.
+    """
+    mapping = _mapping()
+    for name in _NAMES:
+        theirs = mapping[name]
+        mapping[name] = _Registered(getattr(theirs, "theirs", theirs), compatible)
+
+
+def unregister() -> None:
+    """Undo `register`."""
+    mapping = _mapping()
+    for name in _NAMES:
+        mapping[name] = getattr(mapping[name], "theirs", mapping[name])
+
+
+def _mapping() -> dict[str, Any]:
+    from transformers.loss.loss_utils import LOSS_MAPPING
+
+    return LOSS_MAPPING
+
+
+class _Registered:
+    """Our losses of a model that transformers' mapping is asked for; theirs of other models."""
+
+    def __init__(self, theirs: Any, compatible: bool) -> None:
+        self.theirs = theirs
+        self.compatible = compatible
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Any,
+        device: Any,
+        pred_boxes: Tensor,
+        config: Any,
+        *others: Any,
+        **named: Any,
+    ) -> Any:
+        ours = config.model_type in _MODELS
+        loss = DetectionLoss(config, self.compatible) if ours else self.theirs
+        return loss(logits, labels, device, pred_boxes, config, *others, **named)
 
 
 class DetectionLoss:
