@@ -114,7 +114,8 @@ def test_what_pypi_shows_leads_nowhere_wrong(wheel: zipfile.ZipFile) -> None:
 
 @builds
 def test_an_sdist_holds_what_its_tests_need(unpacked: Path) -> None:
-    for name in ("CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt", "docs/predictions.png"):
+    files = ("CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt", "zensical.toml")
+    for name in (*files, "docs/predictions.png", "docs/results/criteria.png"):
         assert (unpacked / name).read_bytes() == (ROOT / name).read_bytes()
     for folder in ("tests", "bench", "examples"):
         for path in (ROOT / folder).rglob("*"):
