@@ -869,7 +869,7 @@ def test_what_waits_for_a_gpu_is_not_recorded(cuda: torch.device) -> None:
 @needs_gpu
 def test_the_whole_step_of_the_readme() -> None:
     """Model, criterion and optimiser in one graph, as eager."""
-    found = runpy.run_path(str(TESTS.parent / "docs" / "whole_step.py"))
+    found = runpy.run_path(str(TESTS.parent / "examples" / "whole_step.py"))
     eager, replayed = (found["train"](in_a_graph=choice) for choice in (False, True))
     assert replayed == eager
     assert replayed[-1] < replayed[0]

@@ -19,7 +19,7 @@ import detloss_triton
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "detloss_triton"
-FOLDERS = ("bench", "detloss_triton", "docs", "kernels", "tests")
+FOLDERS = ("bench", "detloss_triton", "docs", "examples", "kernels", "tests")
 
 try:
     SETUPTOOLS = importlib.metadata.version("setuptools")
@@ -114,9 +114,10 @@ def test_what_pypi_shows_leads_nowhere_wrong(wheel: zipfile.ZipFile) -> None:
 
 @builds
 def test_an_sdist_holds_what_its_tests_need(unpacked: Path) -> None:
-    for name in ("CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt", "docs/predictions.png"):
+    files = ("CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt", "zensical.toml")
+    for name in (*files, "docs/predictions.png", "docs/results/criteria.png"):
         assert (unpacked / name).read_bytes() == (ROOT / name).read_bytes()
-    for folder in ("tests", "bench"):
+    for folder in ("tests", "bench", "examples"):
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:
                 assert (unpacked / path.relative_to(ROOT)).is_file(), path

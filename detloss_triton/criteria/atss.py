@@ -74,6 +74,22 @@ class ATSSCriterion(nn.Module):
         qfl_cfg: the module to use then, or the arguments of a `QualityFocalLoss`.
         reg_decoded_bbox: `loss_bbox` compares decoded boxes, else what the coder encodes.
         bg_loss_weight: label weight of background, where not negative.
+
+    Examples:
+        One level of 3 x 4 positions with an anchor each; label 5 is background.
+
+        >>> import torch
+        >>> from detloss_triton import ATSSCriterion, CrossSigmoidFocalLoss
+        >>> from detloss_triton import DeltaXYWHBBoxCoder, GIoULoss
+        >>> criterion = ATSSCriterion(5, DeltaXYWHBBoxCoder(), CrossSigmoidFocalLoss(), GIoULoss())
+        >>> scores, deltas, centerness = (torch.zeros(2, n, 3, 4) for n in (5, 4, 1))
+        >>> anchors = torch.tensor([[0.0, 0.0, 64.0, 64.0]]).expand(2, 12, 4)
+        >>> labels = torch.full((2, 12), 5).index_fill(1, torch.tensor([7]), 3)
+        >>> weights, valid = torch.ones(2, 12), torch.ones(2, 12, 1)
+        >>> levels = [anchors], [scores], [deltas], [centerness], [labels], [weights]
+        >>> losses = criterion(*levels, [anchors], [valid], avg_factor=2)
+        >>> losses["loss_cls"], losses["loss_centerness"]
+        ([tensor(7.7113)], [tensor(0.6931)])
     """
 
     def __init__(

@@ -33,6 +33,22 @@ class DetrCriterion(LayerByLayer, ours=True):
             "vfl" and "mal" are scored.
         group_detr: groups of queries, each matched by itself in training (Group DETR); the number
             of boxes is that of all groups.
+
+    Examples:
+        Two layers, and an image with a box beside one without.
+
+        >>> import torch
+        >>> from detloss_triton import DetrCriterion
+        >>> weights = {"loss_vfl": 1, "loss_bbox": 5, "loss_giou": 2}
+        >>> criterion = DetrCriterion(weights, num_classes=5)
+        >>> logits, boxes = torch.zeros(2, 10, 5), torch.full((2, 10, 4), 0.5)
+        >>> layer = {"pred_logits": logits, "pred_boxes": boxes}
+        >>> outputs = {**layer, "aux_outputs": [layer]}
+        >>> box = {"labels": torch.tensor([3]), "boxes": torch.tensor([[0.5, 0.5, 0.5, 0.4]])}
+        >>> nothing = {"labels": torch.tensor([]), "boxes": torch.empty(0, 4)}
+        >>> losses = criterion(outputs, [box, nothing])
+        >>> losses["loss_vfl"], losses["loss_giou_aux_0"]
+        (tensor(3.9856), tensor(0.4000))
     """
 
     matched_layers: ClassVar[dict[str, str]] = {"aux_outputs": "_aux_", "enc_aux_outputs": "_enc_"}

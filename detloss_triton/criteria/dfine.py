@@ -48,6 +48,25 @@ class DFINECriterion(LocalByLayer, ours=True):
         union_over_ranks: what divides losses of the union is the mean over ranks of its size, as in
             D-FINE's repository, so that gradients are those of the whole batch; without it, and in
             OTX, each rank's own.
+
+    Examples:
+        Two layers, the first of which learns from the last, and the one before the decoder.
+
+        >>> import torch
+        >>> from detloss_triton import DFINECriterion
+        >>> names = ["loss_vfl", "loss_bbox", "loss_giou", "loss_fgl", "loss_ddf"]
+        >>> criterion = DFINECriterion(dict(zip(names, [1, 5, 2, 0.15, 1.5])), num_classes=5)
+        >>> boxes, logits = torch.full((2, 10, 4), 0.5), torch.zeros(2, 10, 5)
+        >>> before = {"pred_logits": logits, "pred_boxes": boxes}
+        >>> last = {**before, "pred_corners": torch.zeros(2, 10, 4 * 33), "ref_points": boxes}
+        >>> teacher = {"teacher_corners": last["pred_corners"], "teacher_logits": logits}
+        >>> further = {"aux_outputs": [{**last, **teacher}], "pre_outputs": before}
+        >>> box = {"labels": torch.tensor([3]), "boxes": torch.tensor([[0.5, 0.5, 0.5, 0.4]])}
+        >>> nothing = {"labels": torch.tensor([]), "boxes": torch.empty(0, 4)}
+        >>> outputs = {**last, "up": 0.5, "reg_scale": 4.0, **further}
+        >>> losses = criterion(outputs, [box, nothing])
+        >>> [name for name in losses if "_aux_" in name]
+        ['loss_vfl_aux_0', 'loss_bbox_aux_0', 'loss_giou_aux_0', 'loss_fgl_aux_0', 'loss_ddf_aux_0']
     """
 
     entries = (

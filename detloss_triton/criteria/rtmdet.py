@@ -49,6 +49,19 @@ class RTMDetCriterion(nn.Module):
         num_classes: number of object classes C; label C is background.
         loss_cls: module taking (scores, (labels, qualities)), e.g. `QualityFocalLoss`.
         loss_bbox: module comparing boxes xyxy, e.g. `GIoULoss`.
+
+    Examples:
+        One level of 3 x 4 points, whose boxes are decoded; label 5 is background.
+
+        >>> import torch
+        >>> from detloss_triton import GIoULoss, QualityFocalLoss, RTMDetCriterion
+        >>> criterion = RTMDetCriterion(5, QualityFocalLoss(), GIoULoss(loss_weight=2.0))
+        >>> scores, boxes = torch.zeros(2, 5, 3, 4), torch.tensor([0.0, 0.0, 8.0, 8.0])
+        >>> labels = torch.full((2, 12), 5).index_fill(1, torch.tensor([7]), 3)
+        >>> weights, quality = torch.ones(2, 12), torch.full((2, 12), 0.5)
+        >>> boxes, targets = boxes.expand(2, 12, 4), 2 * boxes.expand(2, 12, 4)
+        >>> criterion([scores], [boxes], [labels], [weights], [targets], [quality], [(8, 8)])
+        {'loss_cls': [tensor(1.7040)], 'loss_bbox': [tensor(1.5000)]}
     """
 
     def __init__(self, num_classes: int, loss_cls: nn.Module, loss_bbox: nn.Module) -> None:

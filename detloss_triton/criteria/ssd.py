@@ -41,6 +41,19 @@ class SSDCriterion(nn.Module):
         neg_pos_ratio: hardest negatives taken per positive, at most.
         reg_decoded_bbox: compare decoded boxes, else deltas.
         smoothl1_beta: where smooth L1 turns linear, > 0.
+
+    Examples:
+        Two images of six anchors, of which the second has an object of class 3.
+
+        >>> import torch
+        >>> from detloss_triton import SSDCriterion
+        >>> criterion = SSDCriterion(num_classes=5)
+        >>> scores, deltas, anchors = torch.zeros(2, 6, 6), torch.zeros(2, 6, 4), torch.rand(6, 4)
+        >>> labels = torch.full((2, 6), 5).index_fill(1, torch.tensor([1]), 3)
+        >>> weights = (labels < 5)[..., None].float().expand(2, 6, 4)
+        >>> targets = torch.ones(2, 6, 4)
+        >>> criterion(scores, deltas, anchors, labels, torch.ones(2, 6), targets, weights, 2)
+        {'loss_cls': [tensor([3.5835]), tensor([3.5835])], 'loss_bbox': [tensor(1.), tensor(1.)]}
     """
 
     def __init__(

@@ -49,6 +49,19 @@ class YOLOv9Criterion(nn.Module):
     Attributes:
         matcher: a `BoxMatcher`, or what is put in its place: any callable with its arguments. If
             its `anchors` are those of vec2box, they follow `vec2box.update`.
+
+    Examples:
+        One head with one level, and an image with a box of class 3, found by one position.
+
+        >>> import torch
+        >>> from detloss_triton import Vec2Box, YOLOv9Criterion
+        >>> vec2box = Vec2Box(None, image_size=(32, 32), strides=[8], device="cpu")
+        >>> criterion = YOLOv9Criterion(num_classes=5, vec2box=vec2box)
+        >>> classes, distributions = torch.zeros(1, 5, 4, 4), torch.zeros(1, 16, 4, 4, 4)
+        >>> level = classes, distributions, torch.ones(1, 4, 4, 4)
+        >>> losses = criterion([level], torch.tensor([[[3.0, 4.0, 4.0, 20.0, 20.0]]]))
+        >>> losses["loss_df"], losses["total_loss"]
+        (tensor(4.1589), tensor(10.6283))
     """
 
     def __init__(

@@ -38,6 +38,19 @@ class YOLOXCriterion(nn.Module):
         loss_cls, loss_obj: default binary cross-entropy, summed.
         loss_bbox: default 5 (1 - IoU^2), summed. loss_l1: default L1, summed.
         use_l1: whether `loss_l1` is computed.
+
+    Examples:
+        An image of six anchors, of which the second is positive, of class 3.
+
+        >>> import torch
+        >>> from detloss_triton import YOLOXCriterion
+        >>> criterion = YOLOXCriterion(num_classes=5)
+        >>> objectness, scores = torch.zeros(1, 6), torch.zeros(1, 6, 5)
+        >>> boxes = torch.tensor([0.0, 0.0, 8.0, 8.0]).expand(1, 6, 4)
+        >>> positive = torch.arange(6) == 1
+        >>> targets = positive[:, None].float(), torch.eye(5)[[3]], 2 * boxes[:, 0], boxes[:, 0]
+        >>> criterion(objectness, scores, boxes, boxes, *targets, 1, 1, positive)
+        {'loss_cls': tensor(3.4657), 'loss_bbox': tensor(4.6875), 'loss_obj': tensor(4.1589)}
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Model, criterion and optimiser step in one CUDA graph: `python docs/whole_step.py` on a GPU."""
+"""Model, criterion and optimiser step in one CUDA graph; it needs a GPU."""
 
 from __future__ import annotations
 
