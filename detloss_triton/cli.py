@@ -124,7 +124,8 @@ def _parser() -> argparse.ArgumentParser:
         "--aot",
         action="store_true",
         help="time nothing: compile every kernel for the GPUs we name, without one; report "
-        "registers, shared and local memory, load and store widths",
+        "registers, shared and local memory, load and store widths; what aot.json in --output has "
+        "of the same source and compiler is taken from there",
     )
     add("--only", nargs="+", default=(), metavar="NAME", help="these ops and criteria alone")
     add("--output", type=Path, metavar="DIR", help="where to write; default: runs/bench-<time>")
@@ -265,7 +266,7 @@ def _ahead_of_time(quick: bool, output: Path) -> int:
         from .bench import resources
     except ImportError as error:
         raise InputError(f"--aot needs Triton: {error}") from None
-    rows = resources.measure(quick=quick)
+    rows = resources.measure(quick=quick, known=resources.read(output / "aot.json"))
     print(resources.table(rows))
     resources.write(rows, output / "aot.json")
     spilling = [row for row in rows if row["local"] or row["spills"]]

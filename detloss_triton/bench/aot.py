@@ -6,6 +6,7 @@ Knows Triton only: a launch is a kernel and the arguments it was called with.
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -91,6 +92,13 @@ def variant(kernel: Any, arguments: Mapping[str, Any]) -> str:
     chosen = source(kernel, arguments)
     specialised = (chosen.signature, chosen.constants, chosen.attrs)
     return str((kernel.__name__, specialised, options(kernel, arguments)))
+
+
+def fingerprint(kernel: Any, arguments: Mapping[str, Any], target: str) -> str:
+    """Of all that decides what the compiler makes: its version, the target, the kernel's source and
+    that of the functions it calls, and how it is specialised."""
+    decided = (triton.__version__, target, kernel.cache_key, variant(kernel, arguments))
+    return hashlib.sha256(str(decided).encode()).hexdigest()[:16]
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -242,6 +242,7 @@ def jobs(targets: tuple[str, ...], quick: bool) -> Iterator[tuple[Row, backend.L
                         ),
                         "programs": math.prod(launch.grid),
                         "bytes_per_element": round(_bytes_per_element(launch), 2),
+                        "made_of": aot.fingerprint(launch.kernel, launch.arguments, target),
                     },
                     launch,
                 )
@@ -271,13 +272,24 @@ def _measured(i: int) -> Row:
     return found | (_per_logit(launch, binary) if row["target"] == MAIN else {})
 
 
-def measure(targets: tuple[str, ...] = TARGETS, quick: bool = False) -> list[Row]:
-    """A row for each kernel specialisation and target."""
-    _JOBS[:] = jobs(targets, quick)
+def measure(
+    targets: tuple[str, ...] = TARGETS, quick: bool = False, known: Sequence[Row] = ()
+) -> list[Row]:
+    """A row for each kernel specialisation and target; what is known is not compiled again."""
+    before = {row.get("made_of"): row for row in known}
+    rows = list(jobs(targets, quick))
+    _JOBS[:] = [(row, launch) for row, launch in rows if row["made_of"] not in before]
     # Forked, so that the launches and their kernels need no pickling.
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         found = pool.imap(_measured, range(len(_JOBS)))
-        return list(tqdm(found, file=sys.stderr, desc="compile", total=len(_JOBS)))
+        shown = tqdm(found, file=sys.stderr, desc="compile", total=len(_JOBS))
+        before |= {row["made_of"]: row for row in shown}
+    return [before[row["made_of"]] | row for row, _ in rows]
+
+
+def read(path: Path) -> list[Row]:
+    """The rows that `write` wrote; none where there is no file."""
+    return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
 def write(rows: list[Row], path: Path) -> None:
