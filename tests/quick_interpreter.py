@@ -18,6 +18,7 @@ def quicken(patch: pytest.MonkeyPatch) -> None:
         return
     _patch_language_once(patch, interpreter)
     _keep_types(patch, interpreter)
+    _pass_what_fits(patch)
 
 
 def _patch_language_once(patch: pytest.MonkeyPatch, interpreter: Any) -> None:
@@ -54,7 +55,8 @@ def _keep_types(patch: pytest.MonkeyPatch, interpreter: Any) -> None:
         if key not in blocks:
             init_block(self, element_ty, shape)
             sizes = tuple(map(core.constexpr, self.shape))
-            blocks[key] = {**vars(self), "of_tensor": (core.constexpr(self.numel), sizes)}
+            of_tensor = core.constexpr(self.numel), sizes
+            blocks[key] = {**vars(self), "of_tensor": of_tensor, "kind": str(key)}
         vars(self).update(blocks[key], element_ty=element_ty)
 
     def tensor(self: Any, handle: Any, type: Any) -> None:
@@ -70,3 +72,49 @@ def _keep_types(patch: pytest.MonkeyPatch, interpreter: Any) -> None:
     patch.setattr(core.block_type, "__init__", block)
     patch.setattr(core.tensor, "__init__", tensor)
     patch.setattr(semantic.TritonSemantic, "broadcast_impl_value", broadcasted)
+
+
+def _pass_what_fits(patch: pytest.MonkeyPatch) -> None:
+    """Most operands are of one type and shape, or a block and one of few numbers."""
+    from triton.language import core
+    from triton.language.semantic import TritonSemantic
+
+    fit = TritonSemantic.binary_op_type_checking_impl
+    look_for_overflow = TritonSemantic.binary_op_sanitize_overflow_impl
+    unwrap = core._unwrap_if_constexpr
+    # In these a division is computed in the operands' own type.
+    plain = {"fp32", "int32", "int64"}
+    numbers: dict[Any, Any] = {}
+
+    def unwrapped(x: Any) -> Any:
+        return x if type(x) is core.tensor else unwrap(x)
+
+    def kind(x: Any) -> Any:
+        return x.type.kind if x.type.is_block() else x.dtype.name
+
+    def fitting(self: Any, a: Any, b: Any, *rules: Any, **named: Any) -> Any:
+        tensors = type(a) is core.tensor, type(b) is core.tensor
+        if all(tensors):
+            name = a.dtype.name
+            if kind(a) == kind(b) and (name in plain or name == "int1"):
+                return a, b
+        elif any(tensors):
+            x, number = (a, b) if tensors[0] else (b, a)
+            if type(number) in (int, float) and x.dtype.name in plain:
+                key = kind(x), type(number), number
+                if key not in numbers:
+                    found = fit(self, a, b, *rules, **named)
+                    same, made = found if tensors[0] else found[::-1]
+                    if same is not x:
+                        return found
+                    numbers[key] = made
+                return (x, numbers[key]) if tensors[0] else (numbers[key], x)
+        return fit(self, a, b, *rules, **named)
+
+    def overflowing(self: Any, *operation: Any) -> None:
+        if self.builder.options.debug:  # without it, what is found is not told
+            look_for_overflow(self, *operation)
+
+    patch.setattr(core, "_unwrap_if_constexpr", unwrapped)
+    patch.setattr(TritonSemantic, "binary_op_type_checking_impl", fitting)
+    patch.setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", overflowing)
