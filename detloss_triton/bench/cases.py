@@ -215,9 +215,10 @@ def _aligned(draw: Draw, batch: int, targets: int = 20, classes: int = 80) -> Sa
         logits += (draw.normal(batch, classes, len(centres)) - 2).split(sizes, 2)
         sides += distances.transpose(1, 2).contiguous().split(sizes, 2)
     params = {"iou": "ciou", "iou_power": 6.0, "class_power": 0.5, "topk": 10, "heads": 2}
+    params |= {"rules": "otx", "reach": 0.0}
     given = tuple(x.contiguous() for x in logits), tuple(x.contiguous() for x in sides)
     rows = torch.cat([label, boxes], -1)
-    return Sample((*given, centres, (centres, strides), rows), params)
+    return Sample((*given, centres, (centres, strides), (), rows), params)
 
 
 def _dense(
