@@ -66,18 +66,12 @@ def test_as_the_project_itself(tmp_path: Any) -> None:
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_each_rule_decides_something_in_the_golden_batches() -> None:
-    for case, theirs in golden()[:3]:
-        by_otx = Case(**vars(case))
-        by_otx.criterion = lambda device, c=case: c.criterion(device, "otx")  # type: ignore[method-assign]
-        with pytest.raises(AssertionError):
-            by_ours(by_otx)  # its total is a mean
-        matcher = case.criterion().matcher
-        _, _, boxes = case.criterion().vec2box(case.main)
-        classes = torch.cat([c.flatten(2).mT for c, _, _ in case.main], 1)
-        found, valid = matcher(case.targets, (classes, boxes))
-        assert valid.any() and theirs[1]["distances"].any()
-        assert found[..., : case.classes].sum() < 1 or case.name != "scores of less than 1"
+def test_otx_has_other_numbers_there() -> None:
+    """All golden batches with targets tell the rules apart, by far more than the tolerance."""
+    for case, (theirs, _) in golden()[:3]:
+        losses = case.criterion(rules="otx")(case.main, case.targets, case.aux)
+        for name, loss in theirs.items():
+            assert abs(losses[name] - loss) > 100 * TOLERANCE * loss, (case.name, name)
 
 
 def found(
@@ -198,13 +192,18 @@ def test_a_cpu_looks_only_at_what_overlaps() -> None:
     params = {"iou": "ciou", "iou_power": 6.0, "class_power": 0.5, "topk": 10, "heads": 1}
     strides = torch.full((300,), 8)
     logits = torch.randn(2, 3, 300, generator=generator)
+    logits[0, 1, 9] = math.nan
     given = (logits,), (boxes.mT,), anchors, (), (strides,), torch.cat([label, targets], 2)
     params |= {"rules": "yolo", "reach": 0.5}
     target, score = ALIGN.cpu_form(*given, **params)
     expected, expected_score = ALIGN.reference(*given, **params)
     assert torch.equal(target, expected) and (target >= 0).sum() > 10
     torch.testing.assert_close(score, expected_score, rtol=1e-6, atol=1e-7, equal_nan=True)
-    assert score[0].gt(0.1).any() and score[1][target[1] >= 0].isnan().any()
+    assert (
+        score[0].gt(0.1).any()
+        and score[0].isnan().sum() < 20
+        and score[1][target[1] >= 0].isnan().any()
+    )
 
 
 @pytest.mark.parametrize("total", [0.5, 4.0])
