@@ -555,7 +555,20 @@ def _matched(
 
 
 class BoxLoss(nn.Module):
-    """YOLOv9's box loss: 1 - CIoU of the matched anchors, weighted by their score."""
+    """YOLOv9's box loss: 1 - CIoU of the matched anchors, weighted by their score.
+
+    Args:
+        rules: "otx", or "yolo", by which the CIoU's denominators have 1e-7 added, not 1e-9, and its
+            alpha is a constant.
+    """
+
+    def __init__(self, rules: regression.Rules = "otx") -> None:
+        super().__init__()
+        regression.check_rules(type(self).__name__, rules)
+        self.rules = rules
+
+    def extra_repr(self) -> str:
+        return described(self)
 
     @fused
     def forward(
@@ -583,8 +596,8 @@ class BoxLoss(nn.Module):
             predicts_bbox.reshape(-1, 4).index_select(0, index),
             targets_bbox.detach().reshape(-1, 4).index_select(0, index),
             weight=weight,
-            eps=regression.YOLOV9_EPS,
-            alpha_grad=True,
+            eps=regression.YOLOV9_EPS[self.rules],
+            alpha_grad=self.rules == "otx",
         )
         return losses / cls_norm
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from .ops.alignment import align, real_boxes
 from .ops.assignment import optimal_assignment
+from .ops.distribution import BIN_MARGIN
 from .ops.matching import match_cost
+from .ops.regression import Rules, check_rules
 from .precision import arithmetic_dtype, at_least_float32
 from .settings import described
 from .shapes import check_counts, check_mapping, check_numbers, check_shapes
@@ -54,6 +56,20 @@ class BoxMatcher:
 
     Of equal metrics of a target those of the first anchors are kept.
 
+    OTX ported this from MultimediaTechLab/YOLO, which has moved on. With rules "yolo", of its
+    version 1.0 of December 2025:
+
+    - A centre counts as inside where each of its distances d to the four sides has
+      0 <= d / stride <= reg_max - 1.01: on an edge too, but no side may be out of its bins' reach.
+    - A target that keeps no anchor so keeps the one of largest metric, wherever that lies, if it is
+      above 0; another target may still win it.
+    - An anchor kept by several targets takes the one with its largest IoU, the first on ties.
+    - The score's largest metric and largest IoU are of the anchors that the target won, not of all.
+    - The IoU's denominators have 1e-7 added, not 1e-9.
+
+    `YOLOv9Criterion` has the same argument, which says what this project's losses have otherwise,
+    and hands it on.
+
     A subclass overrides `__call__`, or `match` on which it is built. The steps of OTX's matcher,
     such as `filter_topk`, are not taken one by one, and a subclass that has one is refused.
 
@@ -63,6 +79,12 @@ class BoxMatcher:
         iou: "iou", "diou" or "ciou".
         topk: anchors kept per target.
         factor: exponents {"iou": 6.0, "cls": 0.5}.
+        rules: "otx" or "yolo".
+        strides: (A,) in pixels, for "yolo" only.
+        reg_max: number of bins of a side's distribution, for "yolo" only.
+
+    Raises:
+        TypeError, ValueError: for what is none of these, or "yolo" without strides.
 
     Memory: on a GPU a float32 tensor of B * T * A, and nothing larger; 5,000 boxes in an image of
     8,400 anchors take 0.16 GiB, and `YOLOv9Criterion` with its two heads twice that. On a CPU none
@@ -76,19 +98,31 @@ class BoxMatcher:
         iou: Literal["iou", "diou", "ciou"] = "ciou",
         topk: int = 10,
         factor: dict[str, float] | None = None,
+        *,
+        rules: Rules = "otx",
+        strides: Tensor | None = None,
+        reg_max: int = 16,
     ) -> None:
+        name = type(self).__name__
         if iou not in ("iou", "diou", "ciou"):
             raise ValueError(f"iou must be 'iou', 'diou' or 'ciou', got {iou!r}")
         if topk < 1:
             raise ValueError(f"topk must be at least 1, got {topk}")
         if factor is not None and set(factor) != {"iou", "cls"}:
             raise ValueError(f"factor must have the keys 'iou' and 'cls', got {sorted(factor)}")
-        check_shapes(type(self).__name__, anchors=(anchors, ("A", 2)))
+        check_shapes(name, anchors=(anchors, ("A", 2)))
+        check_rules(name, rules)
+        check_counts(name, 1, reg_max=reg_max)
+        if rules == "yolo":
+            check_shapes(name, anchors=(anchors, ("A", 2)), strides=(strides, ("A",)))
         self.class_num = class_num
         self.anchors = anchors
         self.iou = iou
         self.topk = topk
         self.factor = {"iou": 6.0, "cls": 0.5} if factor is None else factor
+        self.rules = rules
+        self.strides = strides
+        self.reg_max = reg_max
 
     def align(
         self,
@@ -114,12 +148,15 @@ class BoxMatcher:
             tuple(sides),
             self.anchors,
             tuple(decoding),
+            (self.strides,) if self.rules == "yolo" else (),
             targets,
             iou=self.iou,
             iou_power=self.factor["iou"],
             class_power=self.factor["cls"],
             topk=self.topk,
             heads=heads,
+            rules=self.rules,
+            reach=self.reg_max - 1 - BIN_MARGIN,
         )
         return found
 

@@ -57,12 +57,13 @@ def store_bins(tensor, at, value, m_row, BINS: tl.constexpr):
 def aligned_kernel(
     levels, p_out, p_dout, p_scale, sizes, target, score, anchors, targets,
     s_image, n_images, n_targets, n_classes,
-    BINS: tl.constexpr, EPS: tl.constexpr, N_HEADS: tl.constexpr, BR: tl.constexpr,
+    BINS: tl.constexpr, CIOU: tl.constexpr, N_HEADS: tl.constexpr, BR: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
     """Classes, distributions and boxes, with which a program's sums begin; the last is of scores.
 
-    `sizes` are the anchors of `levels`, those of a head after those of another.
+    `sizes` are the anchors of `levels`, those of a head after those of another. CIOU is what is
+    added to denominators, and whether alpha is differentiated.
     """
     PER_HEAD: tl.constexpr = len(sizes) // N_HEADS
     BK: tl.constexpr = tl.constexpr(BINS[2])
@@ -119,7 +120,7 @@ def aligned_kernel(
                     y1 = load(p_target + s_target, m_object) / stride
                     x2 = load(p_target + 2 * s_target, m_object) / stride
                     y2 = load(p_target + 3 * s_target, m_object) / stride
-                    loss, by_box, _ = ciou_loss_and_grad(box, (x1, y1, x2, y2), EPS, True)
+                    loss, by_box, _ = ciou_loss_and_grad(box, (x1, y1, x2, y2), CIOU[0], CIOU[1])
                     if p_dout is None:
                         put_sum(p_out, 2, tl.where(m_object, weight * loss, 0.0))
                     else:

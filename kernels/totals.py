@@ -5,12 +5,13 @@ import triton.language as tl
 
 # What a loss is divided by: nothing; a number that is given, plus a constant; a sum over all
 # segments, at least 1; a sum over its own segment, or 1 where that is not above 0; the second of
-# two numbers that are given.
+# two numbers that are given; a sum over its own segment, at least 1.
 NOTHING: tl.constexpr = tl.constexpr(0)
 DIVISOR: tl.constexpr = tl.constexpr(1)
 SUM: tl.constexpr = tl.constexpr(2)
 OWN_SUM: tl.constexpr = tl.constexpr(3)
 SECOND: tl.constexpr = tl.constexpr(4)
+OWN_SUM_OR_1: tl.constexpr = tl.constexpr(5)
 
 
 @triton.jit
@@ -71,6 +72,10 @@ def totals_kernel(
                 row = p_sums + TERMS[t][2] * n_programs
                 by = sum_of(row, start, n, BLOCK)
                 scale = scale / tl.where(by > 0.0, by, 1.0)
+            elif TERMS[t][1] == OWN_SUM_OR_1:
+                row = p_sums + TERMS[t][2] * n_programs
+                by = sum_of(row, start, n, BLOCK)
+                scale = scale / tl.where(by < 1.0, 1.0, by)
             tl.store(p_out + pid, total * scale)
             tl.store(p_scale + pid, scale)
 

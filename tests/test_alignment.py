@@ -18,14 +18,21 @@ from detloss_triton.ops import alignment
 
 ALIGN: Any = REGISTRY["align"]
 PARAMS = {"iou": "ciou", "iou_power": 6.0, "class_power": 0.5, "topk": 10, "heads": 1}
+PARAMS |= {"rules": "otx", "reach": 0.0}
 
 
 def aligned(
-    boxes: Tensor, logits: Tensor, anchors: Tensor, targets: Tensor, **changes: Any
+    boxes: Tensor,
+    logits: Tensor,
+    anchors: Tensor,
+    targets: Tensor,
+    strides: tuple[Tensor, ...] = (),
+    **changes: Any,
 ) -> tuple[Tensor, Tensor]:
     """Of boxes (B, A, 4), logits (B, A, C), and targets (B, T, 5)."""
     levels = (logits.transpose(1, 2),), (boxes.transpose(1, 2),)
-    found: tuple[Tensor, Tensor] = ALIGN(*levels, anchors, (), targets, **{**PARAMS, **changes})
+    given = *levels, anchors, (), strides, targets
+    found: tuple[Tensor, Tensor] = ALIGN(*given, **{**PARAMS, **changes})
     return found
 
 
@@ -96,7 +103,7 @@ def test_pairs_that_lie_apart_are_as_if_evaluated(iou: str) -> None:
     logits = torch.randn(2, 3, 300, generator=generator)
     anchors = (boxes[0, :, :2] + boxes[0, :, 2:]) / 2
     params = {**PARAMS, "iou": iou}
-    given = (logits,), (boxes.mT,), anchors, (), torch.cat([label, targets], 2)
+    given = (logits,), (boxes.mT,), anchors, (), (), torch.cat([label, targets], 2)
     target, score = ALIGN.cpu_form(*given, **params)
     expected, expected_score = ALIGN.reference(*given, **params)
     assert torch.equal(target, expected) and (target >= 0).sum() > 10
@@ -121,13 +128,13 @@ def test_blocks_of_any_size(
 @pytest.mark.parametrize("empty", ["images", "targets", "anchors", "a level"])
 def test_nothing_to_match(empty: str, backend: str, device: torch.device) -> None:
     *_, sample = samples(ALIGN, 0 if empty == "anchors" else 2, device)
-    logits, sides, anchors, decoding, targets = sample.inputs
+    logits, sides, anchors, decoding, strides, targets = sample.inputs
     if empty == "images":
         logits, sides = (tuple(x[:0] for x in levels) for levels in (logits, sides))
         targets = targets[:0]
     elif empty == "targets":
         targets = targets[:, :0]
-    target, score = ALIGN(logits, sides, anchors, decoding, targets, **sample.params)
+    target, score = ALIGN(logits, sides, anchors, decoding, strides, targets, **sample.params)
     assert target.shape == score.shape == (2 * len(targets), len(anchors))
     assert target.dtype == torch.int64 and score.dtype == torch.float32
     if empty != "a level":

@@ -143,6 +143,18 @@ def test_eager_numbers_with_any_upstream_gradient(name: str, backend: str, again
     assert all(graph.bytes > 0 and "float32 (" in graph.signature for graph in found)
 
 
+def test_yolov9_by_other_rules(again: Again) -> None:
+    """Also of targets without rows, which have losses then, and a graph with the others'."""
+    criterion = BUILDERS["yolov9"](rules="yolo").criterion("cpu")
+    recorded_with = graphed(criterion)
+    for seed, n in enumerate((4, 2, 0, 3, 0)):
+        batch = BUILDERS["yolov9"](seed, targets=max(n, 1), rules="yolo").on(CPU)
+        rows = batch.inputs["targets"][:, :n]
+        given = Case(criterion, {**batch.inputs, "targets": rows})
+        assert_equal(recorded_with, given, seed)
+    assert again.recorded == 2 and len(recorded(recorded_with)) == 1
+
+
 def with_denoising(name: str, counts: tuple[int, ...], seed: int) -> Case:
     """As `case`, with as many denoising queries whatever the counts, and targets as lists."""
     if name not in ("detr", "dfine"):

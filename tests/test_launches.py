@@ -16,7 +16,7 @@ SIZES: dict[str, list[dict[str, Any]]] = {
     "rtmdet": [{}, {"images": 3, "size": 128}],
     "ssd": [{}, {"images": 3, "anchors": 50}],
     "yolox": [{}, {"images": 3, "anchors": 50}],
-    "yolov9": [{}, {"images": 3, "size": 128, "targets": 7}],
+    "yolov9": [{}, {"images": 3, "size": 128, "targets": 7}, {"rules": "yolo"}],
     "detr": [{}, {"images": 3, "boxes": 9, "layers": 5, "queries": 30, "groups": 3}],
     "dfine": [{}, {"images": 3, "boxes": 9, "layers": 5, "queries": 30, "groups": 3}],
 }

@@ -236,8 +236,9 @@ def yolov9(
     positives: float = 0.5,
     size: int = 64,
     targets: int = 4,
+    rules: str = "otx",
 ) -> Batch:
-    """With `positives` 0 all targets are padding."""
+    """With `positives` 0 all targets are padding. OTX knows no other rules."""
     draw = Draw(seed)
 
     def head() -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -270,6 +271,8 @@ def yolov9(
 
     def make(library: Any = dt, device: torch.device | str = "cpu", **kwargs: Any) -> Any:
         vec2box = library.Vec2Box(None, (size, size), list(STRIDES), device)
+        if rules != "otx":
+            kwargs = {"rules": rules, **kwargs}
         return library.YOLOv9Criterion(classes, vec2box, **kwargs)
 
     return Batch(make, inputs, ("main_preds", "aux_preds"), r"preds\.\d\.[12]$")

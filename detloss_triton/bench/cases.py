@@ -200,24 +200,30 @@ def _distances(anchors: int) -> Callable[[Draw, int], Sample]:
     return sample
 
 
-def _aligned(draw: Draw, batch: int, targets: int = 20, classes: int = 80) -> Sample:
+def _aligned(rules: str, targets: int = 20, classes: int = 80) -> Callable[[Draw, int], Sample]:
     """Two heads, each anchor's box near one that it may lie in."""
-    vec2box = Vec2Box(None, (640, 640), list(STRIDES))
-    centres, strides = vec2box.anchor_grid, vec2box.scaler
-    sizes = [h * w for h, w in vec2box.map_sizes]
-    boxes = draw.boxes(640.0, batch, targets)
-    label = draw.integers(0, classes, batch, targets, 1).to(boxes.dtype)
-    logits, sides = [], []
-    for _ in range(2):
-        which = draw.integers(0, targets, batch, len(centres), 1).expand(-1, -1, 4)
-        near = boxes.gather(1, which) + 8 * draw.normal(batch, len(centres), 4)
-        distances = ltrb(centres, near) / strides[:, None]
-        logits += (draw.normal(batch, classes, len(centres)) - 2).split(sizes, 2)
-        sides += distances.transpose(1, 2).contiguous().split(sizes, 2)
-    params = {"iou": "ciou", "iou_power": 6.0, "class_power": 0.5, "topk": 10, "heads": 2}
-    given = tuple(x.contiguous() for x in logits), tuple(x.contiguous() for x in sides)
-    rows = torch.cat([label, boxes], -1)
-    return Sample((*given, centres, (centres, strides), rows), params)
+
+    def sample(draw: Draw, batch: int) -> Sample:
+        vec2box = Vec2Box(None, (640, 640), list(STRIDES))
+        centres, strides = vec2box.anchor_grid, vec2box.scaler
+        sizes = [h * w for h, w in vec2box.map_sizes]
+        boxes = draw.boxes(640.0, batch, targets)
+        label = draw.integers(0, classes, batch, targets, 1).to(boxes.dtype)
+        logits, sides = [], []
+        for _ in range(2):
+            which = draw.integers(0, targets, batch, len(centres), 1).expand(-1, -1, 4)
+            near = boxes.gather(1, which) + 8 * draw.normal(batch, len(centres), 4)
+            distances = ltrb(centres, near) / strides[:, None]
+            logits += (draw.normal(batch, classes, len(centres)) - 2).split(sizes, 2)
+            sides += distances.transpose(1, 2).contiguous().split(sizes, 2)
+        params = {"iou": "ciou", "iou_power": 6.0, "class_power": 0.5, "topk": 10, "heads": 2}
+        params |= {"rules": rules, "reach": 14.99}
+        given = tuple(x.contiguous() for x in logits), tuple(x.contiguous() for x in sides)
+        of_rules = (strides,) if rules == "yolo" else ()
+        rows = torch.cat([label, boxes], -1)
+        return Sample((*given, centres, (centres, strides), of_rules, rows), params)
+
+    return sample
 
 
 def _dense(
@@ -317,7 +323,8 @@ _OPS: tuple[tuple[str, str, Size, Callable[[Draw, int], Sample]], ...] = (
     ("dense", "as in ATSS", _ATSS, _dense((6400, 1600, 400, 100, 25), 0.003, True)),
     ("first_set", "", _YOLOX, _masked),
     ("hardest", "", _SSD, _mined),
-    ("align", "", _YOLOV9, _aligned),
+    ("align", "", _YOLOV9, _aligned("otx")),
+    ("align", "rules yolo", _YOLOV9, _aligned("yolo")),
     ("match_cost", "", _DETR, _costs),
     ("optimal_assignment", "20 x 300", _DETR, _assigned(20, 300, layers=6)),
     ("optimal_assignment", "300 x 100", _LINEAR, _assigned(300, 100)),

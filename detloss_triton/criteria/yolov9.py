@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from detloss_triton.losses import BCELoss, BoxLoss, DFLoss
 from detloss_triton.matchers import BoxMatcher
-from detloss_triton.ops.aligned import aligned
+from detloss_triton.ops.aligned import aligned, class_norm
+from detloss_triton.ops.regression import Rules, check_rules
 from detloss_triton.reduction import unbound
 from detloss_triton.settings import described
 from detloss_triton.shapes import check_shapes
@@ -45,6 +46,12 @@ class YOLOv9Criterion(nn.Module):
         reg_max: number of bins of a side's distribution.
         cls_rate, dfl_rate, iou_rate: factors of the three losses.
         aux_rate: factor of the auxiliary head.
+        rules: "otx", or "yolo" for the numbers of MultimediaTechLab/YOLO. It then matches by other
+            rules (see `BoxMatcher`); the sum of scores that losses are divided by is at least 1;
+            the CIoU's alpha is a constant, and its denominators have 1e-7 added; total_loss is the
+            sum of the three; and targets without rows have losses. Our parts in the slots have the
+            same `rules`; others are called as they are. That project's own loss takes the auxiliary
+            head first, and calls the three losses Box, DFL and BCE.
 
     Attributes:
         matcher: a `BoxMatcher`, or what is put in its place: any callable with its arguments. If
@@ -76,16 +83,23 @@ class YOLOv9Criterion(nn.Module):
         dfl_rate: float = 1.5,
         iou_rate: float = 7.5,
         aux_rate: float = 0.25,
+        *,
+        rules: Rules = "otx",
     ) -> None:
         super().__init__()
         check_vec2box(type(self).__name__, vec2box)
+        check_rules(type(self).__name__, rules)
+        self.rules = rules
         self.num_classes = num_classes
         # Any object will do, see above.
         self.vec2box: Any = vec2box
-        self.matcher: Any = BoxMatcher(num_classes, vec2box.anchor_grid)
+        anchors, strides = vec2box.anchor_grid, vec2box.scaler if rules == "yolo" else None
+        self.matcher: Any = BoxMatcher(
+            num_classes, anchors, rules=rules, strides=strides, reg_max=reg_max
+        )
         self.loss_cls = BCELoss() if loss_cls is None else loss_cls
         self.loss_dfl: Any = DFLoss(vec2box, reg_max) if loss_dfl is None else loss_dfl
-        self.loss_iou = BoxLoss() if loss_iou is None else loss_iou
+        self.loss_iou = BoxLoss(rules) if loss_iou is None else loss_iou
         self.cls_rate = cls_rate
         self.dfl_rate = dfl_rate
         self.iou_rate = iou_rate
@@ -109,7 +123,8 @@ class YOLOv9Criterion(nn.Module):
 
         Returns:
             {"loss_cls", "loss_df", "loss_iou"} with rates applied and "total_loss", their mean;
-            None where T is 0. With nothing matched the normaliser is 1.
+            None where T is 0. With nothing matched the normaliser is 1. Otherwise with rules
+            "yolo", see there.
 
         Raises:
             TypeError, ValueError: for arguments of other shapes; for levels of other sizes, in
@@ -120,7 +135,9 @@ class YOLOv9Criterion(nn.Module):
         targets = constants(targets, dtype)
         check_shapes(type(self).__name__, targets=(targets, ("B", "T", 5)))
         if targets.shape[1] == 0:
-            return None
+            if self.rules == "otx":
+                return None
+            targets = nn.functional.pad(targets, (0, 0, 0, 1), value=-1)
         heads = [main_preds] if aux_preds is None else [main_preds, aux_preds]
         self._follow_vec2box()
         self._check_parts()
@@ -139,9 +156,9 @@ class YOLOv9Criterion(nn.Module):
         by_head = self._fused(heads, targets) if self._is_ours() else self._as_otx(heads, targets)
         main, *aux = by_head.unbind(1)
         total = torch.add(main, aux[0], alpha=self.aux_rate) if aux else by_head.flatten()
-        mean = total.mean()
+        whole = total.mean() if self.rules == "otx" else total.sum()
         cls, dfl, iou = unbound(total)
-        return {"loss_cls": cls, "loss_df": dfl, "loss_iou": iou, "total_loss": mean}
+        return {"loss_cls": cls, "loss_df": dfl, "loss_iou": iou, "total_loss": whole}
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -150,7 +167,7 @@ class YOLOv9Criterion(nn.Module):
         """The arguments of `forward`, their targets padded to a number of rows that repeats."""
         targets = arguments["targets"]
         n_rows = targets.shape[1]
-        if n_rows == 0:
+        if n_rows == 0 and self.rules == "otx":
             return arguments
         rows = (0, 0, 0, room(n_rows) - n_rows)
         return {**arguments, "targets": torch.nn.functional.pad(targets, rows, value=-1)}
@@ -183,6 +200,8 @@ class YOLOv9Criterion(nn.Module):
         self._map_sizes = map_sizes(self.vec2box)
         if getattr(self.matcher, "anchors", None) is before:
             self.matcher.anchors = self._anchors
+            if getattr(self.matcher, "strides", None) is not None:
+                self.matcher.strides = self.vec2box.scaler
 
     def _check_parts(self) -> None:
         name = type(self).__name__
@@ -191,8 +210,17 @@ class YOLOv9Criterion(nn.Module):
                 f"{name} has a _forward, which forward does not call: override forward, "
                 "separate_anchor or the matcher"
             )
+        for slot, kind in (("matcher", BoxMatcher), ("loss_iou", BoxLoss)):
+            part = getattr(self, slot)
+            if isinstance(part, kind) and part.rules != self.rules:
+                raise ValueError(
+                    f"{name}: {slot}.rules must be those of the criterion, {self.rules!r}, got "
+                    f"{part.rules!r}: hand rules to both"
+                )
         if not isinstance(self.matcher, BoxMatcher):
             return
+        if self.rules == "yolo":
+            self._check_shapes(**{"matcher.strides": (self.matcher.strides, ("A",))})
         self._check_shapes(**{"matcher.anchors": (self.matcher.anchors, ("A", 2))})
         if self.matcher.class_num != self.num_classes:
             raise ValueError(
@@ -275,6 +303,7 @@ class YOLOv9Criterion(nn.Module):
             factors=self._rates(),
             topk=self.matcher.topk,
             heads=len(heads),
+            rules=self.rules,
         )
         return losses.view(3, len(heads))
 
@@ -295,8 +324,7 @@ class YOLOv9Criterion(nn.Module):
                     "boxes of separate_anchor": (target_boxes, ("B", "A", 4)),
                 },
             )
-            cls_norm = target_cls.sum()
-            cls_norm = cls_norm.masked_fill(~(cls_norm > 0), 1)
+            cls_norm = class_norm(target_cls.sum(), self.rules)
             box_norm = target_cls.sum(-1)[valid]
             boxes = boxes / self.vec2box.scaler.unsqueeze(-1)
             pairs = target_boxes, valid, box_norm, cls_norm

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from detloss_triton.assigners.assignment import Given
 from detloss_triton.criteria import YOLOv9Criterion
+from detloss_triton.ops.regression import Rules
 from detloss_triton.targets import pack, pad_targets
 from detloss_triton.vec2box import Level, Vec2Box
 
@@ -23,6 +24,7 @@ class YOLOv9Loss(WholeLoss):
         num_classes: number of object classes C.
         strides: of each level, in pixels.
         criterion: a `YOLOv9Criterion`, whose `vec2box` is updated for maps of another size.
+        rules: "otx" or "yolo", of the criterion where none is given.
     """
 
     def __init__(
@@ -30,11 +32,15 @@ class YOLOv9Loss(WholeLoss):
         num_classes: int,
         strides: Sequence[int] = (8, 16, 32),
         criterion: Any = None,
+        *,
+        rules: Rules = "otx",
     ) -> None:
         super().__init__()
         if criterion is None:
             side = max(strides)
-            criterion = YOLOv9Criterion(num_classes, Vec2Box(None, (side, side), strides))
+            criterion = YOLOv9Criterion(
+                num_classes, Vec2Box(None, (side, side), strides), rules=rules
+            )
         self.num_classes = num_classes
         self.criterion = criterion
 

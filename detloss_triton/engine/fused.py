@@ -25,7 +25,7 @@ from .gpu import power_of_2
 _BLOCK = 4096
 
 # What a loss is divided by, as in `kernels/totals.py`.
-NOTHING, DIVISOR, SUM, OWN_SUM, SECOND = range(5)
+NOTHING, DIVISOR, SUM, OWN_SUM, SECOND, OWN_SUM_OR_1 = range(6)
 
 Gradients = list[Tensor | None]
 Tensors = tuple[Tensor, ...]

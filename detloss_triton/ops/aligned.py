@@ -10,7 +10,15 @@ from torch import Tensor
 
 from detloss_triton.backend import kernels
 from detloss_triton.boxes import ltrb
-from detloss_triton.engine import OWN_SUM, TILE, Plan, Sample, fused_op, power_of_2
+from detloss_triton.engine import (
+    OWN_SUM,
+    OWN_SUM_OR_1,
+    TILE,
+    Plan,
+    Sample,
+    fused_op,
+    power_of_2,
+)
 from detloss_triton.precision import arithmetic_dtype, at_least_float32
 
 from .classification import binary_cross_entropy
@@ -31,7 +39,12 @@ def _samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
     label = torch.arange(n_images * n_targets).view(n_images, n_targets, 1) % 4
     targets = torch.cat([label, low, high], -1)
     targets[0, 1, 0], targets[1, 2, 0] = -1, 10000  # none of the classes
-    for heads, n_classes, bins, n_matched in ((1, 6, 5, rows // 4), (1, 7, 16, 0), (2, 16, 16, 9)):
+    for heads, n_classes, bins, n_matched, rules in (
+        (1, 6, 5, rows // 4, "otx"),
+        (1, 7, 16, 0, "otx"),
+        (2, 5, 6, 1, "yolo"),
+        (2, 16, 16, 9, "otx"),
+    ):
         shape = heads * n_images, rows
         target = torch.randint(0, n_targets, shape, generator=generator)
         is_matched = torch.rand(shape, generator=generator).argsort(1) < n_matched
@@ -56,7 +69,7 @@ def _samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
         anchors = centres, torch.full((rows,), stride)
         yield Sample(
             (*levels, (target,), (score,), anchors, (targets,)),
-            {"factors": (0.5, 1.5, 7.5), "topk": rows, "heads": heads},
+            {"factors": (0.5, 1.5, 7.5), "topk": rows, "heads": heads, "rules": rules},
         )
 
 
@@ -76,18 +89,21 @@ def aligned(
     factors: tuple[float, ...],
     topk: int,
     heads: int,
+    rules: str,
 ) -> Tensor:
     """Losses (3 * heads,) of what `align` has matched: classes, distributions and boxes, by heads.
 
     Classes cost their binary cross-entropy with the target's class at the anchor's score; sides the
     cross-entropy of the two bins beside their distance, in strides; boxes 1 - CIoU. A box weighs
     its score, as do its four sides together. All are divided by the sum of the head's scores, or 1
-    where that is not above 0. An anchor whose target does not exist, or is of none of the classes,
-    is background.
+    where that is not above 0; with rules "yolo" where it is less. An anchor whose target does not
+    exist, or is of none of the classes, is background.
 
     Args:
         factors: of each of the three.
         topk: how many anchors a target has at most.
+        rules: "otx" or "yolo", by which the CIoU's denominators have 1e-9 or 1e-7 added, and its
+            alpha is differentiated or a constant, too.
 
     Shapes:
         logits (B, n, C), distributions (B, n, 4, bins) and distances (B, n, 4) of each level, head
@@ -100,8 +116,7 @@ def aligned(
     given = score[0].to(arithmetic_dtype(*logits, *distributions, *distances))
     label = _labels(index, objects, logits[0].shape[2], heads)
     given = given.masked_fill(label < 0, 0)
-    norm = _by_head(given, heads).sum((1, 2))
-    norm = norm.masked_fill(~(norm > 0), 1)
+    norm = class_norm(_by_head(given, heads).sum((1, 2)), rules)
     # As many pairs as there can be, the others with a score of 0.
     most = min(objects.shape[1] * topk, given.shape[1])
     weight, anchor = given.topk(most)
@@ -119,11 +134,16 @@ def aligned(
             _by_head(boxes, heads),
             weight=_by_head(weight, heads),
             keep=1,
-            eps=YOLOV9_EPS,
-            alpha_grad=True,
+            eps=YOLOV9_EPS[rules],
+            alpha_grad=rules == "otx",
         ),
     )
     return torch.cat([x * (factor / norm) for x, factor in zip(losses, factors, strict=True)])
+
+
+def class_norm(scores: Tensor, rules: str) -> Tensor:
+    """What losses are divided by, of sums of scores."""
+    return scores.masked_fill(~(scores > 0), 1) if rules == "otx" else scores.clamp(min=1)
 
 
 def _labels(target: Tensor, objects: Tensor, n_classes: int, heads: int) -> Tensor:
@@ -212,6 +232,7 @@ def _(
     factors: tuple[float, ...],
     topk: int,
     heads: int,
+    rules: str,
 ) -> Plan:
     n_levels, n_images = len(logits) // heads, len(logits[0])
     sizes, n_classes = tuple(level.shape[1] for level in logits), logits[0].shape[2]
@@ -221,10 +242,11 @@ def _(
     rows = max(TILE // 8 // max(columns, bins, _COLUMNS), 1)
     blocks = [-(-n // rows) for n in sizes]
     (index,), (weight,), (objects,) = target, score, targets
+    norm = OWN_SUM if rules == "otx" else OWN_SUM_OR_1
     return Plan(
         kernels.aligned.aligned_kernel,
         # Divided by the fourth sum.
-        terms=tuple((float(factor), OWN_SUM, 3) for factor in factors),
+        terms=tuple((float(factor), norm, 3) for factor in factors),
         n_sums=4,
         blocks=tuple(sum(blocks[h * n_levels : (h + 1) * n_levels]) for h in range(heads)),
         n_repeats=n_images,
@@ -240,7 +262,7 @@ def _(
             "n_targets": objects.shape[1],
             "n_classes": n_classes,
             "BINS": (n_bins, BIN_MARGIN, bins),
-            "EPS": YOLOV9_EPS,
+            "CIOU": (YOLOV9_EPS[rules], rules == "otx"),
             "N_HEADS": heads,
             "BR": rows,
             "num_warps": 1,

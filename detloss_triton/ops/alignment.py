@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -37,11 +38,18 @@ def _samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
     centres = torch.rand(rows, 2, generator=generator) * 64
     points = centres + torch.rand(rows, 2, generator=generator)
     strides = torch.full((rows,), stride)
-    for heads, decodes, topk, metric in (
-        (1, False, 3, ("iou", 1.0, 0.0)),
-        (1, True, 50, ("diou", 2.0, 1.0)),
-        (2, True, 10, ("ciou", 6.0, 0.5)),
+    for heads, decodes, topk, metric, rules in (
+        (1, False, 3, ("iou", 1.0, 0.0), "otx"),
+        (1, True, 50, ("diou", 2.0, 1.0), "otx"),
+        (2, True, 5, ("ciou", 6.0, 0.5), "yolo"),
+        (2, True, 10, ("ciou", 6.0, 0.5), "otx"),
     ):
+        if rules == "yolo":
+            # Without an anchor inside; with one on its corner; beyond the reach of some inside.
+            targets[1, 0, 1:] = torch.tensor([68.0, 20.0, 80.0, 32.0])
+            if rows:
+                targets[0, 0, 1:3] = points[0]
+                targets[0, 0, 3:] = points[0] + 30
         shape = heads * n_images, rows, 1
         which = torch.randint(0, n_targets, shape, generator=generator).expand(-1, -1, 4)
         boxes = targets[..., 1:].repeat(heads, 1, 1).gather(1, which)
@@ -58,9 +66,10 @@ def _samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
             for x in (logits, sides)
         ]
         decoding = (centres, strides) if decodes else ()
-        names = ("iou", "iou_power", "class_power", "topk", "heads")
-        params = dict(zip(names, (*metric, topk, heads), strict=True))
-        yield Sample((*levels, points, decoding, targets), params)
+        names = ("iou", "iou_power", "class_power", "topk", "heads", "rules", "reach")
+        params = dict(zip(names, (*metric, topk, heads, rules, 2.5), strict=True))
+        of_rules = (strides,) if rules == "yolo" else ()
+        yield Sample((*levels, points, decoding, of_rules, targets.clone()), params)
 
 
 # A graph calls it as an operator: what overlaps is looked at on a CPU, and what sorts is not for
@@ -71,12 +80,15 @@ def align(
     sides: tuple[Tensor, ...],
     anchors: Tensor,
     decoding: tuple[Tensor, ...],
+    strides: tuple[Tensor, ...],
     targets: Tensor,
     iou: str,
     iou_power: float,
     class_power: float,
     topk: int,
     heads: int,
+    rules: str,
+    reach: float,
 ) -> tuple[Tensor, Tensor]:
     """Task-aligned assignment (Feng et al., 2021, https://arxiv.org/abs/2108.07755) of anchors.
 
@@ -85,9 +97,16 @@ def align(
     several gets the one with its largest metric, of equals the first; none where a metric is NaN.
     score = metric / (largest metric of the target + 1e-9) * largest IoU of the target.
 
+    With rules "yolo", inside is >=, of an anchor from which no side of the target is farther than
+    `reach` of its strides. A target that keeps no anchor keeps that of largest metric above 0,
+    wherever it lies, of equals the first. An anchor kept by several gets the one with its largest
+    IoU, of equals the first; a metric of NaN is never one. The score takes metric and IoU from what
+    the target has got, and is NaN where the target has a NaN with any anchor.
+
     Args:
         iou: "iou", "diou" or "ciou".
         heads: each is matched by its own predictions.
+        rules: "otx" or "yolo", by which the IoU's denominators have 1e-9 or 1e-7 added, too.
 
     Shapes:
         logits: (B, C, n) of each level, head after head, n anchors with a sum of A over a head.
@@ -95,6 +114,7 @@ def align(
         anchors: (A, 2), what is to lie inside.
         decoding: centres (A, 2) and strides (A,), by which sides are decoded; if empty, sides are
             boxes xyxy.
+        strides: (A,) for "yolo"; empty for "otx".
         targets: (B, T, 5) rows [class, x1, y1, x2, y2]; one of no class matches nothing.
         returns: (heads * B, A) index of each anchor's target, -1 for none; and (heads * B, A) its
             score, 0 for none.
@@ -105,20 +125,19 @@ def align(
     label, of_target = _by_part(targets, logits[0].shape[1])
     image = torch.arange(n_images, device=targets.device).unsqueeze(1)
     of_label = _joined([x[image, label] for x in logits], heads).to(dtype)
-    metric, score = _aligned(
-        _columns(boxes.unsqueeze(2).unbind(1)),
-        columns(of_target.to(dtype).repeat(heads, 1, 1).unsqueeze(2)),
-        anchors.to(dtype).unbind(-1),
-        of_label,
-        iou,
-        iou_power,
-        class_power,
-    )
+    t = columns(of_target.to(dtype).repeat(heads, 1, 1).unsqueeze(2))
+    score = _similarity(_columns(boxes.unsqueeze(2).unbind(1)), t, iou, rules)
+    metric = _metric(score, of_label, iou_power, class_power, rules)
     if metric.numel() == 0:
         return _nothing(heads * n_images, anchors, dtype)
-    top, anchor = metric.sort(dim=-1, descending=True, stable=True)
+    limits = [reach * x.to(dtype) for x in strides]
+    inside = metric.masked_fill(~_is_inside(anchors.to(dtype).unbind(-1), t, *limits), 0)
+    top, anchor = inside.sort(dim=-1, descending=True, stable=True)
     kept = min(topk, len(anchors))
-    return _winners(top[..., :kept], anchor[..., :kept], score.amax(-1), len(anchors))
+    top, anchor = top[..., :kept], anchor[..., :kept]
+    if rules == "otx":
+        return _winners(top, anchor, score.amax(-1), len(anchors))
+    return _winners_by_iou(*_at_least_one(top, anchor, metric, score), len(anchors))
 
 
 @align.on_cpu
@@ -127,12 +146,15 @@ def _(
     sides: tuple[Tensor, ...],
     anchors: Tensor,
     decoding: tuple[Tensor, ...],
+    strides: tuple[Tensor, ...],
     targets: Tensor,
     iou: str,
     iou_power: float,
     class_power: float,
     topk: int,
     heads: int,
+    rules: str,
+    reach: float,
 ) -> tuple[Tensor, Tensor]:
     """Evaluates the pairs that overlap: the others, nearly all, have a similarity of 0."""
     dtype = arithmetic_dtype(*logits, *sides, targets)
@@ -147,6 +169,8 @@ def _(
     top = boxes.new_empty(n_problems, n_targets, kept)
     index = label.new_empty(top.shape)
     best = boxes.new_zeros(n_problems, n_targets)
+    similar = torch.zeros_like(top)
+    limits = [reach * x.to(dtype) for x in strides]
     for i, p in enumerate(boxes):
         head, image = divmod(i, n_images)
         classes = [x[image] for x in logits[head * n_levels : (head + 1) * n_levels]]
@@ -156,19 +180,26 @@ def _(
             near = overlap(_columns(p), columns(t[some].unsqueeze(1))).bool()
             target, anchor = near.nonzero(as_tuple=True)
             of_label = torch.cat([x.index_select(0, label[image, some]) for x in classes], 1)
+            of_label = of_label[target, anchor].to(dtype)
+            of_pair = _columns(t[some].T.index_select(1, target))
+            score = _similarity(_columns(p.index_select(1, anchor)), of_pair, iou, rules)
+            value = _metric(score, of_label, iou_power, class_power, rules)
+            at = [x[anchor] for x in points]
+            is_inside = _is_inside(at, of_pair, *(x[anchor] for x in limits))
             metric = boxes.new_zeros(near.shape)
-            metric[target, anchor], score = _aligned(
-                _columns(p.index_select(1, anchor)),
-                _columns(t[some].T.index_select(1, target)),
-                tuple(x[anchor] for x in points),
-                of_label[target, anchor].to(dtype),
-                iou,
-                iou_power,
-                class_power,
-            )
-            best[i, some].scatter_reduce_(0, target, score, "amax")
+            metric[target, anchor] = value.masked_fill(~is_inside, 0)
             top[i, some], index[i, some] = _largest(metric, kept)
-    return _winners(top, index, best, n_anchors)
+            if rules == "otx":
+                best[i, some].scatter_reduce_(0, target, score, "amax")
+            else:
+                metric[target, anchor] = value
+                scores = torch.zeros_like(metric)
+                scores[target, anchor] = score
+                found = _at_least_one(top[i, some], index[i, some], metric, scores)
+                top[i, some], index[i, some], similar[i, some], best[i, some] = found
+    if rules == "otx":
+        return _winners(top, index, best, n_anchors)
+    return _winners_by_iou(top, index, similar, best, n_anchors)
 
 
 def _largest(metric: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -205,6 +236,45 @@ def _winners(top: Tensor, anchor: Tensor, best: Tensor, n_anchors: int) -> tuple
     return first.masked_fill(none, -1), score.masked_fill(none, 0)
 
 
+def _at_least_one(
+    top: Tensor, anchor: Tensor, metric: Tensor, score: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(metrics, anchors, IoUs) (..., k) that a target keeps, and the largest metric of all anchors.
+
+    top, anchor: (..., k) metrics and anchors of the best inside. metric, score: (..., A) of all.
+    """
+    best, where = metric.max(-1)
+    none = (best > 0) & ~(top > 0).any(-1)
+    first = torch.where(none, best, top[..., 0]).unsqueeze(-1)
+    top = torch.cat([first, top[..., 1:]], -1)
+    first = torch.where(none, where, anchor[..., 0]).unsqueeze(-1)
+    anchor = torch.cat([first, anchor[..., 1:]], -1)
+    return top, anchor, score.gather(-1, anchor), best
+
+
+def _winners_by_iou(
+    top: Tensor, anchor: Tensor, similar: Tensor, best: Tensor, n_anchors: int
+) -> tuple[Tensor, Tensor]:
+    """As `_winners`, by the IoUs (P, T, k) of what is kept; scores are of what was got.
+
+    best: (P, T) largest metric of each target, which is NaN if one of its metrics is.
+    """
+    n_problems, n_targets, _ = top.shape
+    target = torch.arange(n_targets, device=top.device).view(1, -1, 1).expand_as(anchor).flatten(1)
+    where, is_kept = anchor.flatten(1), (top > 0).flatten(1)
+    iou = similar.flatten(1).masked_fill(~is_kept, -1)
+    largest = top.new_full((n_problems, n_anchors), -1).scatter_reduce(1, where, iou, "amax")
+    wins = is_kept & (iou == largest.gather(1, where))
+    first = where.new_full((n_problems, n_anchors), n_targets)
+    first = first.scatter_reduce(1, where, target.masked_fill(~wins, n_targets), "amin")
+    got = (is_kept & (first.gather(1, where) == target)).view_as(top)
+    most, widest = (x.masked_fill(~got, 0).amax(-1, keepdim=True) for x in (top, similar))
+    most = most.masked_fill(best.isnan().unsqueeze(-1), math.nan)
+    score = (top / (most + _METRIC_EPS) * widest).masked_fill(~got, 0).flatten(1)
+    score = score.new_zeros(n_problems, n_anchors).scatter_reduce(1, where, score, "amax")
+    return first.masked_fill(first == n_targets, -1), score
+
+
 def _nothing(n_problems: int, anchors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     shape = n_problems, len(anchors)
     return (
@@ -237,21 +307,27 @@ def real_boxes(targets: Tensor, n_classes: int) -> Tensor:
     return boxes.masked_fill(~is_class, 0)
 
 
-def _aligned(
-    p: Columns,
-    t: Columns,
-    points: Sequence[Tensor],
-    of_label: Tensor,
-    iou: str,
-    iou_power: float,
-    class_power: float,
-) -> tuple[Tensor, Tensor]:
-    """Metric and clamped similarity of pairs, one by one or all against all."""
-    score = _SIMILARITY[iou](p, t).clamp(0, 1)
+def _is_inside(points: Sequence[Tensor], t: Columns, limit: Tensor | None = None) -> Tensor:
+    """Whether points lie strictly inside; with a limit also on an edge, but not beyond it."""
     x, y = points
-    inside = (x > t[0]) & (y > t[1]) & (x < t[2]) & (y < t[3])
+    if limit is None:
+        return (x > t[0]) & (y > t[1]) & (x < t[2]) & (y < t[3])
+    sides = x - t[0], y - t[1], t[2] - x, t[3] - y
+    left, top, right, bottom = ((side >= 0) & (side <= limit) for side in sides)
+    return left & top & right & bottom
+
+
+def _similarity(p: Columns, t: Columns, iou: str, rules: str) -> Tensor:
+    """In [0, 1], of pairs one by one or of all with all."""
+    return _SIMILARITY[iou](p, t, YOLOV9_EPS[rules]).clamp(0, 1)
+
+
+def _metric(
+    score: Tensor, of_label: Tensor, iou_power: float, class_power: float, rules: str
+) -> Tensor:
     metric = _power(score, iou_power) * of_label.sigmoid().pow(class_power)
-    return metric.masked_fill(~inside, 0), score
+    # Nor is it NaN without an overlap: the target would show it, and a CPU does not look there.
+    return metric if rules == "otx" else metric.masked_fill(score == 0, 0)
 
 
 def _columns(boxes: Iterable[Tensor]) -> Columns:
@@ -265,9 +341,9 @@ def _power(x: Tensor, exponent: float) -> Tensor:
 
 
 _SIMILARITY = {
-    "iou": lambda p, t: added_iou(p, t, YOLOV9_EPS),
-    "diou": lambda p, t: added_iou(p, t, YOLOV9_EPS) - centre_term(p, t, YOLOV9_EPS),
-    "ciou": lambda p, t: ciou(p, t, YOLOV9_EPS, alpha_grad=False),
+    "iou": added_iou,
+    "diou": lambda p, t, eps: added_iou(p, t, eps) - centre_term(p, t, eps),
+    "ciou": lambda p, t, eps: ciou(p, t, eps, alpha_grad=False),
 }
 
 
@@ -277,12 +353,15 @@ def _(
     sides: tuple[Tensor, ...],
     anchors: Tensor,
     decoding: tuple[Tensor, ...],
+    strides: tuple[Tensor, ...],
     targets: Tensor,
     iou: str,
     iou_power: float,
     class_power: float,
     topk: int,
     heads: int,
+    rules: str,
+    reach: float,
 ) -> tuple[Tensor, Tensor]:
     n_images, n_targets = targets.shape[:2]
     n_problems, n_anchors = heads * n_images, len(anchors)
@@ -296,6 +375,17 @@ def _(
     metric = score.new_empty((n_problems, n_targets, n_anchors))
     best = score.new_empty((n_problems, n_targets, n_blocks))
     scale = score.new_empty((n_problems, n_targets, 2))
+    by_iou = rules == "yolo"
+    kept = None
+    if by_iou:
+        best = torch.empty_like(best, dtype=torch.int64)
+        kept = best.new_empty((n_problems, n_targets, min(topk, n_anchors)))
+    metric_of = iou, YOLOV9_EPS[rules], float(iou_power), float(class_power), float(reach)
+    of_sides = {
+        "sides": _with_strides(_of_one_dtype(sides)),
+        "sizes": sizes,
+        "decoding": _with_strides(decoding) if decoding else None,
+    }
     of_targets = {
         "targets": (targets, *targets.stride()[1:]),
         "s_image": targets.stride(0),
@@ -310,15 +400,13 @@ def _(
         (n_problems * -(-n_targets // _TARGETS) * n_blocks,),
         anchors.device,
         logits=_with_strides(_of_one_dtype(logits)),
-        sides=_with_strides(_of_one_dtype(sides)),
-        sizes=sizes,
-        anchors=(anchors, *anchors.stride()),
-        decoding=_with_strides(decoding) if decoding else None,
+        **of_sides,
+        anchors=((anchors, *anchors.stride()), *(_with_strides(strides) or (None,))),
         p_metric=metric,
         p_best=best,
         p_key=key,
         **of_targets,
-        METRIC=(iou, YOLOV9_EPS, float(iou_power), float(class_power)),
+        METRIC=metric_of,
         BT=_TARGETS,
         BA=_BLOCK,
     )
@@ -326,12 +414,15 @@ def _(
         kernels.alignment.candidates_kernel,
         (n_problems * n_targets,),
         anchors.device,
+        **(of_sides if by_iou else dict.fromkeys(of_sides)),
         p_metric=metric,
         p_best=best,
         p_scale=scale,
         p_key=key,
+        p_kept=kept,
         **of_targets,
         topk=topk,
+        METRIC=metric_of,
         BA=min(power_of_2(n_anchors), _WIDE_BLOCK),
     )
     backend.launch(
@@ -340,10 +431,12 @@ def _(
         anchors.device,
         p_key=key,
         p_scale=scale,
+        p_kept=kept,
         p_target=target,
         p_score=score,
         n_targets=n_targets,
         n_anchors=n_anchors,
+        n_kept=min(topk, n_anchors),
         n=target.numel(),
         EPS=_METRIC_EPS,
         BA=_BLOCK,

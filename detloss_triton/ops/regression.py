@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,10 @@ from detloss_triton.engine import TILE, Input, Sample, Tile, power_of_2, row_los
 UNION_EPS = 1e-6
 # The least union and hull of a GIoU, in criteria and in matching.
 GIOU_EPS = 1e-6
-# Added to the denominators of YOLOv9's IoU.
-YOLOV9_EPS = 1e-9
+# Added to the denominators of YOLOv9's IoU, by whose rules: see `BoxMatcher`.
+YOLOV9_EPS = {"otx": 1e-9, "yolo": 1e-7}
+
+Rules = Literal["otx", "yolo"]
 
 IOU_MODES = ("log", "square", "linear")
 
@@ -27,6 +29,11 @@ IOU_MODES = ("log", "square", "linear")
 def check_iou_mode(mode: str) -> None:
     if mode not in IOU_MODES:
         raise ValueError(f"mode must be one of {', '.join(IOU_MODES)}, got {mode!r}")
+
+
+def check_rules(place: str, rules: str) -> None:
+    if rules not in YOLOV9_EPS:
+        raise ValueError(f"{place}: rules must be 'otx' or 'yolo', got {rules!r}")
 
 
 _INPUTS = (Input("pred", features=1, grad=True), Input("target", features=1, grad=True))
@@ -147,7 +154,7 @@ def _(pred: Tensor, target: Tensor, eps: float) -> Tile:
     return _overlap_tile("giou", eps)
 
 
-@row_loss(*_INPUTS, samples=_box_samples({"eps": YOLOV9_EPS}), skip=True)
+@row_loss(*_INPUTS, samples=_box_samples({"eps": YOLOV9_EPS["otx"]}), skip=True)
 def diou_loss(pred: Tensor, target: Tensor, eps: float) -> Tensor:
     """1 - IoU + squared centre distance / squared diagonal of the hull."""
     p, t = columns(pred), columns(target)
@@ -162,7 +169,8 @@ def _(pred: Tensor, target: Tensor, eps: float) -> Tile:
 @row_loss(
     *_INPUTS,
     samples=_box_samples(
-        {"eps": YOLOV9_EPS, "alpha_grad": True}, {"eps": 1e-7, "alpha_grad": False}
+        {"eps": YOLOV9_EPS["otx"], "alpha_grad": True},
+        {"eps": YOLOV9_EPS["yolo"], "alpha_grad": False},
     ),
     skip=True,
 )
