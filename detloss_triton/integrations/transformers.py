@@ -1,5 +1,5 @@
-"""Our losses in Hugging Face transformers' detectors: RT-DETR, RT-DETRv2, D-FINE, DETR,
-Conditional and Deformable DETR.
+"""Our losses in Hugging Face transformers' detectors: RT-DETR, RT-DETRv2, D-FINE, DEIMv2, LW-DETR,
+RF-DETR, DETR, Conditional, Deformable and DAB-DETR.
 
     from detloss_triton.integrations.transformers import apply_to
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from detloss_triton.criteria.detr import DetrCriterion
 from detloss_triton.criteria.dfine import DFINECriterion
-from detloss_triton.criteria.set_prediction import Layers, Matches, SetCriterion
+from detloss_triton.criteria.set_prediction import CLASS_LOSSES, Layers, Matches, SetCriterion
 from detloss_triton.criteria.total import sum_losses
 from detloss_triton.matchers import HungarianMatcher
 
@@ -31,12 +31,22 @@ Layer = dict[str, Tensor]
 # What is of the last layer, or of all.
 _OF_LAST = ("pred_logits", "pred_boxes", "pred_corners", "ref_points", "up", "reg_scale")
 _KIND = "ForObjectDetection"
-_MODELS = ("rt_detr", "rt_detr_v2", "d_fine", "detr", "conditional_detr", "deformable_detr")
-# Under which transformers looks for their losses; DETR's is the one without a name of its own.
-_NAMES = (
-    *(f"{x}{_KIND}" for x in ("RTDetr", "RTDetrV2", "DFine", "ConditionalDetr", "DeformableDetr")),
-    _KIND,
-)
+# By the type of a model: under which name transformers looks for its loss, and its loss of classes.
+_MODELS = {
+    "rt_detr": ("RTDetr", "vfl"),
+    "rt_detr_v2": ("RTDetrV2", "vfl"),
+    "d_fine": ("DFine", "vfl"),
+    "deimv2": ("Deimv2", "mal"),
+    "lw_detr": ("LwDetr", "ia_bce"),
+    "rf_detr": ("RfDetr", "ia_bce"),
+    "detr": ("", "labels"),
+    "conditional_detr": ("ConditionalDetr", "focal"),
+    "deformable_detr": ("DeformableDetr", "focal"),
+    "dab-detr": ("DabDetr", "focal"),
+}
+# With queries for denoising.
+_DENOISING = ("rt_detr", "rt_detr_v2", "d_fine", "deimv2")
+_LOCAL = ("d_fine", "deimv2")
 
 
 def apply_to(model: _Model, compatible: bool = False) -> _Model:
@@ -47,9 +57,9 @@ def apply_to(model: _Model, compatible: bool = False) -> _Model:
 
     Args:
         model: a `...ForObjectDetection` of transformers.
-        compatible: D-FINE's losses as transformers computes them: layer i's distributions beside
-            the classes and boxes of layer i-1, of which the last but one has none, and no union of
-            matches. Without it, as D-FINE's paper has them.
+        compatible: D-FINE's and DEIMv2's losses as transformers computes them: layer i's
+            distributions beside the classes and boxes of layer i-1, of which the last but one has
+            none, and no union of matches. Without it, as in D-FINE's paper.
 
     Raises:
         TypeError: for a model that is none of these.
@@ -76,16 +86,18 @@ def register(compatible: bool = False) -> None:
         compatible: as in `apply_to`.
     """
     mapping = _mapping()
-    for name in _NAMES:
-        theirs = mapping[name]
-        mapping[name] = _Registered(getattr(theirs, "theirs", theirs), compatible)
+    for name, _ in _MODELS.values():
+        theirs = mapping.get(f"{name}{_KIND}")
+        if theirs is not None:  # an older transformers has not all of them
+            ours = _Registered(getattr(theirs, "theirs", theirs), compatible)
+            mapping[f"{name}{_KIND}"] = ours
 
 
 def unregister() -> None:
     """Undo `register`."""
     mapping = _mapping()
-    for name in _NAMES:
-        mapping[name] = getattr(mapping[name], "theirs", mapping[name])
+    for name, ours in mapping.items():
+        mapping[name] = getattr(ours, "theirs", ours)
 
 
 def _mapping() -> dict[str, Any]:
@@ -123,7 +135,7 @@ class DetectionLoss:
         self.compatible = compatible
         self.criterion, self.weights = _criterion_of(config, compatible)
         self.numbers = None
-        if config.model_type == "d_fine":
+        if config.model_type in _LOCAL:
             self.numbers = {"up": float(config.up), "reg_scale": float(config.reg_scale)}
 
     def __call__(
@@ -135,20 +147,29 @@ class DetectionLoss:
         config: Any,
         outputs_class: Tensor | None = None,
         outputs_coord: Tensor | None = None,
+        enc_outputs_class: Tensor | None = None,
+        enc_outputs_coord: Tensor | None = None,
         **others: Any,
     ) -> tuple[Tensor, dict[str, Tensor], list[Layer]]:
         """The arguments are transformers'."""
         targets = [{"labels": t["class_labels"], "boxes": t["boxes"]} for t in labels]
         last = {"pred_logits": logits, "pred_boxes": pred_boxes}
         stacks = {"pred_logits": outputs_class, "pred_boxes": outputs_coord}
+        if outputs_class is None:  # DAB-DETR hands over boxes all the same
+            stacks = {}
         if self.weights is None:
             outputs = self._with_denoising(last, layers_of(stacks, 1), others)
         else:
             outputs = {**last, "aux_outputs": layers_of(stacks, 0)[:-1]}
+            if enc_outputs_class is not None:
+                found = enc_outputs_class, enc_outputs_coord
+                outputs["enc_aux_outputs"] = [dict(zip(last, found, strict=True))]
+            # Groups of queries are there in training alone.
+            self.criterion.train(logits.shape[1] > config.num_queries)
         if not config.auxiliary_loss:
-            outputs = {key: outputs[key] for key in outputs if key in _OF_LAST} | {
-                "aux_outputs": []
-            }
+            # RT-DETR's kin count the encoder's layer among these.
+            kept = _OF_LAST if self.weights is None else (*_OF_LAST, "enc_aux_outputs")
+            outputs = {key: outputs[key] for key in outputs if key in kept} | {"aux_outputs": []}
         losses = self.criterion(outputs, targets)
         others_of = [
             {"logits": x["pred_logits"], "pred_boxes": x["pred_boxes"]}
@@ -161,8 +182,9 @@ class DetectionLoss:
             weight * sum_losses({k: x for k, x in losses.items() if k.startswith(key)})
             for key, weight in self.weights.items()
         ]
-        named = {k.replace("_aux_", "_").replace("focal", "ce"): x for k, x in losses.items()}
-        return torch.stack(sums).sum(), named, others_of
+        for ours, theirs in (("_aux_", "_"), ("_enc_0", "_enc"), ("focal", "ce")):
+            losses = {key.replace(ours, theirs): x for key, x in losses.items()}
+        return torch.stack(sums).sum(), losses, others_of
 
     def _with_denoising(
         self, last: Layer, layers: list[Layer], others: Mapping[str, Any]
@@ -235,53 +257,40 @@ def cut(layers: list[Layer], n: int) -> list[Layer]:
 
 def _criterion_of(config: Any, compatible: bool) -> tuple[SetCriterion, dict[str, float] | None]:
     """The criterion of a configuration, and what its losses are multiplied with outside of it."""
-    if config.model_type in ("rt_detr", "rt_detr_v2", "d_fine"):
-        matcher = HungarianMatcher(
-            {
-                "cost_class": config.matcher_class_cost,
-                "cost_bbox": config.matcher_bbox_cost,
-                "cost_giou": config.matcher_giou_cost,
-            },
-            config.matcher_alpha,
-            config.matcher_gamma,
-            use_focal_loss=config.use_focal_loss,
+    kind, (_, classes) = config.model_type, _MODELS[config.model_type]
+    key, _ = CLASS_LOSSES[classes]
+    settings = {"num_classes": config.num_labels, "losses": [classes, "boxes"]}
+    if kind in _DENOISING:
+        costs = {
+            f"cost_{x}": getattr(config, f"matcher_{x}_cost") for x in ("class", "bbox", "giou")
+        }
+        settings["matcher"] = HungarianMatcher(
+            costs, config.matcher_alpha, config.matcher_gamma, use_focal_loss=config.use_focal_loss
         )
-        weights = {
-            f"loss_{x}": getattr(config, f"weight_loss_{x}") for x in ("vfl", "bbox", "giou")
-        }
-        settings = {
-            "alpha": config.focal_loss_alpha,
-            "gamma": config.focal_loss_gamma,
-            "num_classes": config.num_labels,
-            "matcher": matcher,
-        }
-        if config.model_type != "d_fine":
+        settings |= {"alpha": config.focal_loss_alpha, "gamma": config.focal_loss_gamma}
+        names = [key, "loss_bbox", "loss_giou"]
+        if kind in _LOCAL:
+            names += ["loss_fgl", "loss_ddf"]
+            settings["losses"].append("local")
+            of_union = not compatible or getattr(config, "use_dense_one_to_one", False)
+            settings |= {"reg_max": config.max_num_bins, "use_uni_set": of_union}
+        if classes == "mal":
+            settings["mal_alpha"] = config.mal_alpha
+        weights = {name: getattr(config, f"weight_{name}") for name in names}
+        if kind not in _LOCAL:
             return DetrCriterion(weights, **settings), None
-        weights |= {f"loss_{x}": getattr(config, f"weight_loss_{x}") for x in ("fgl", "ddf")}
-        how = {"reg_max": config.max_num_bins, "use_uni_set": not compatible}
-        kind = _DFineOfTransformers if compatible else DFINECriterion
-        return kind(weights, **settings, **how), None
-    by_softmax = config.model_type == "detr"
-    loss, key = ("labels", "loss_ce") if by_softmax else ("focal", "loss_focal")
-    matcher = HungarianMatcher(
-        {
-            "cost_class": config.class_cost,
-            "cost_bbox": config.bbox_cost,
-            "cost_giou": config.giou_cost,
-        },
-        use_focal_loss=not by_softmax,
-    )
-    settings = {"eos_coef": config.eos_coefficient} if by_softmax else {"alpha": config.focal_alpha}
-    criterion = DetrCriterion(
-        dict.fromkeys((key, "loss_bbox", "loss_giou"), 1.0),
-        num_classes=config.num_labels,
-        matcher=matcher,
-        losses=[loss, "boxes"],
-        **settings,
-    )
-    weights = {
+        return (_DFineOfTransformers if compatible else DFINECriterion)(weights, **settings), None
+    costs = {f"cost_{x}": getattr(config, f"{x}_cost") for x in ("class", "bbox", "giou")}
+    settings["matcher"] = HungarianMatcher(costs, use_focal_loss=classes != "labels")
+    if classes == "labels":
+        settings["eos_coef"] = config.eos_coefficient
+    else:
+        settings["alpha"] = config.focal_alpha
+    if classes == "ia_bce":
+        settings["group_detr"] = config.group_detr
+    plain = dict.fromkeys((key, "loss_bbox", "loss_giou"), 1.0)
+    return DetrCriterion(plain, **settings), {
         key: 1.0,
         "loss_bbox": config.bbox_loss_coefficient,
         "loss_giou": config.giou_loss_coefficient,
     }
-    return criterion, weights
