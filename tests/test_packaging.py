@@ -124,10 +124,9 @@ def test_an_sdist_holds_what_its_tests_need(unpacked: Path) -> None:
     assert not (unpacked / "kernels").exists()
 
     pytest_ = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
-    collected = python(*pytest_, "--collect-only", cwd=unpacked)
-    assert collected.returncode == 0, collected.stdout[-3000:]
-    files = ("tests/test_golden.py", "tests/test_ops.py", "tests/test_bench.py")
-    ran = python(*pytest_, *files, "-k", "ssd-default or README or readme", cwd=unpacked)
+    # All are collected; a file that cannot be is an error.
+    chosen = "test_golden and ssd-default or README or readme"
+    ran = python(*pytest_, "-k", chosen, cwd=unpacked)
     assert ran.returncode == 0 and " passed" in ran.stdout, ran.stdout[-3000:]
     where = python("-c", "import detloss_triton as d; print(d.__file__)", cwd=unpacked)
     assert Path(where.stdout.strip()).is_relative_to(unpacked)
