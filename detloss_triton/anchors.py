@@ -67,6 +67,27 @@ def points(
     return _points(sizes, tuple(map(float, strides)), float(offset), torch.device(device))
 
 
+def cells(
+    map_sizes: tuple[Size, ...], strides: tuple[int, ...], device: str | torch.device
+) -> tuple[Tensor, Tensor]:
+    """((A, 2) int64 centres (x, y) in whole pixels, (A,) int64 strides), as YOLOv9 has them."""
+    return _cells(map_sizes, strides, torch.device(device))
+
+
+@_kept
+def _cells(
+    map_sizes: tuple[Size, ...], strides: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    grids, scalers = [], []
+    for (h, w), stride in zip(map_sizes, strides, strict=True):
+        x = torch.arange(w, device=device) * stride + stride // 2
+        y = torch.arange(h, device=device) * stride + stride // 2
+        y, x = torch.meshgrid(y, x, indexing="ij")
+        grids.append(torch.stack([x, y], -1).flatten(0, 1))
+        scalers.append(torch.full((x.numel(),), stride, device=device))
+    return torch.cat(grids), torch.cat(scalers)
+
+
 def grid_anchors(
     map_sizes: Sequence[Size],
     strides: Sequence[float],

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .anchors import cells
 from .boxes import from_ltrb
 from .shapes import check_shapes
 
@@ -18,6 +19,8 @@ Size = tuple[int, int]
 
 class Vec2Box:
     """Anchor centres and strides of an image size, and the decoding of head outputs.
+
+    Those of a size are made once and kept, for all who ask for the same: do not modify them.
 
     Args:
         detector: called once on a blank image to find the strides where `strides` is None: it
@@ -72,15 +75,8 @@ class Vec2Box:
         self.device = device
         self.image_size = height, width = _pair(image_size)
         self.map_sizes = [(height // stride, width // stride) for stride in self.strides]
-        grids, scalers = [], []
-        for (h, w), stride in zip(self.map_sizes, self.strides, strict=True):
-            x = torch.arange(w, device=device) * stride + stride // 2
-            y = torch.arange(h, device=device) * stride + stride // 2
-            y, x = torch.meshgrid(y, x, indexing="ij")
-            grids.append(torch.stack([x, y], -1).flatten(0, 1))
-            scalers.append(torch.full((x.numel(),), stride, device=device))
-        self.anchor_grid = torch.cat(grids)
-        self.scaler = torch.cat(scalers)
+        sizes = tuple(self.map_sizes)
+        self.anchor_grid, self.scaler = cells(sizes, tuple(self.strides), device)
 
     def __call__(self, predicts: Sequence[Level]) -> tuple[Tensor, Tensor, Tensor]:
         """Flatten levels into one list of anchors.

@@ -193,8 +193,18 @@ def test_whole_losses(name: str, again: Again) -> None:
             case.inputs["targets"] = dt.targets.unpack(case.inputs["targets"])
             assert_equal(criterion, case, seed)
     assert again.recorded == 2
-    # With its first step a YOLOv9 changes, as it learns how large images are.
-    assert sum(graph.replays for graph in recorded(criterion)) == 3 - (name == "yolov9")
+    assert sum(graph.replays for graph in recorded(criterion)) == 3
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_images_of_sizes_that_alternate(name: str, again: Again) -> None:
+    """Each size has its graphs, whose anchors stay where they are."""
+    criterion = graphed(loss_of(name))
+    with dt.use_backend("torch"):
+        for seed in range(8):
+            assert_equal(criterion, whole_batch(name, (2, 3), seed, 64 + 64 * (seed % 2)), seed)
+    assert again.recorded == 4
+    assert [graph.replays for graph in recorded(criterion)] == [3, 3]
 
 
 def trained(name: str = "rtmdet", n: int = 3, **options: Any) -> tuple[Any, list[Case]]:

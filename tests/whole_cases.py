@@ -31,27 +31,29 @@ def loss_of(name: str, num_classes: int = CLASSES) -> Loss:
     return kinds[name](num_classes)
 
 
-def boxes_of(n: int, generator: torch.Generator) -> dict[str, Tensor]:
-    centre = SIZE * (0.1 + 0.8 * torch.rand(n, 2, generator=generator))
-    half = 3 + 0.2 * SIZE * torch.rand(n, 2, generator=generator)
-    boxes = torch.cat([centre - half, centre + half], 1).clamp(0, SIZE)
+def boxes_of(n: int, generator: torch.Generator, size: int = SIZE) -> dict[str, Tensor]:
+    centre = size * (0.1 + 0.8 * torch.rand(n, 2, generator=generator))
+    half = 3 + 0.2 * size * torch.rand(n, 2, generator=generator)
+    boxes = torch.cat([centre - half, centre + half], 1).clamp(0, size)
     return {"boxes": boxes, "labels": torch.randint(CLASSES, (n,), generator=generator)}
 
 
-def batch(name: str, counts: tuple[int, ...] = (2, 0, 3), seed: int = 0) -> Case:
+def batch(
+    name: str, counts: tuple[int, ...] = (2, 0, 3), seed: int = 0, size: int = SIZE
+) -> Case:
     """So many boxes in each image; maps are leaves, targets packed."""
     generator = torch.Generator().manual_seed(seed)
     loss = loss_of(name)
 
     def maps(*features: int, scale: float = 1.0) -> list[Tensor]:
-        sides = [-(-SIZE // stride) for stride in STRIDES.get(name, (8, 16, 32))]
+        sides = [-(-size // stride) for stride in STRIDES.get(name, (8, 16, 32))]
         if len(features) < len(sides):
             features = features * len(sides)
         shapes = [(len(counts), n, side, side) for n, side in zip(features, sides, strict=False)]
         made = [scale * torch.randn(shape, generator=generator) for shape in shapes]
         return [x.requires_grad_() for x in made]
 
-    targets = loss.prepare([boxes_of(n, generator) for n in counts])
+    targets = loss.prepare([boxes_of(n, generator, size) for n in counts])
     inputs: dict[str, Any] = {}
     if name == "yolov9":
         classes, distributions, distances = maps(CLASSES), maps(4 * BINS), maps(4)

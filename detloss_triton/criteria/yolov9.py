@@ -139,7 +139,7 @@ class YOLOv9Criterion(nn.Module):
                 return None
             targets = nn.functional.pad(targets, (0, 0, 0, 1), value=-1)
         heads = [main_preds] if aux_preds is None else [main_preds, aux_preds]
-        self._follow_vec2box()
+        self.follow_vec2box()
         self._check_parts()
         names = ("main_preds", "aux_preds")[: len(heads)]
         for name, head in zip(names, heads, strict=True):
@@ -165,6 +165,7 @@ class YOLOv9Criterion(nn.Module):
 
     def repeatable(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `forward`, their targets padded to a number of rows that repeats."""
+        self.follow_vec2box()
         targets = arguments["targets"]
         n_rows = targets.shape[1]
         if n_rows == 0 and self.rules == "otx":
@@ -190,7 +191,7 @@ class YOLOv9Criterion(nn.Module):
             and self.loss_dfl.vec2box is self.vec2box
         )
 
-    def _follow_vec2box(self) -> None:
+    def follow_vec2box(self) -> None:
         """Have the matcher use the anchors of vec2box where it did, which may be others by now."""
         before = self._anchors
         if getattr(self.vec2box, "anchor_grid", None) is before:

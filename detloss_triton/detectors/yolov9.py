@@ -73,6 +73,8 @@ class YOLOv9Loss(WholeLoss):
     def repeatable(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `forward`, with targets in shapes that repeat."""
         self._follow(arguments["main_preds"])
+        if isinstance(self.criterion, YOLOv9Criterion):
+            self.criterion.follow_vec2box()
         return super().repeatable(arguments)
 
     def _follow(self, main_preds: Sequence[Level]) -> None:
