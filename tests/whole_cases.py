@@ -38,9 +38,7 @@ def boxes_of(n: int, generator: torch.Generator, size: int = SIZE) -> dict[str, 
     return {"boxes": boxes, "labels": torch.randint(CLASSES, (n,), generator=generator)}
 
 
-def batch(
-    name: str, counts: tuple[int, ...] = (2, 0, 3), seed: int = 0, size: int = SIZE
-) -> Case:
+def batch(name: str, counts: tuple[int, ...] = (2, 0, 3), seed: int = 0, size: int = SIZE) -> Case:
     """So many boxes in each image; maps are leaves, targets packed."""
     generator = torch.Generator().manual_seed(seed)
     loss = loss_of(name)
