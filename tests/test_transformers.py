@@ -215,6 +215,26 @@ def test_settings_are_the_configurations(name: str) -> None:
     assert_parity(ours, theirs, batch(2, 3))
 
 
+@pytest.mark.parametrize("name", [name for name in LOCAL if name in KINDS])
+def test_boxes_beyond_the_image(name: str) -> None:
+    """Of the last layer, some of which are wider than an image, or of negative size."""
+    model = model_of(name)
+    theirs, ours = model.loss_function, apply_to(copy.deepcopy(model), True).loss_function
+    losses = []
+
+    def both(logits: Tensor, labels: Any, device: Any, boxes: Tensor, *more: Any, **named: Any):
+        wide = torch.cat([boxes[..., :2], 3 * boxes[..., 2:] - 0.5], -1)
+        assert (wide[..., 2:] < 0).any() and (wide > 1).any()
+        for loss in (theirs, ours):
+            losses.append(loss(logits, labels, device, wide, *more, **named)[1])
+        return theirs(logits, labels, device, boxes, *more, **named)
+
+    model.loss_function = both
+    step(model, batch(2, 3))
+    for key, expected in losses[0].items():
+        torch.testing.assert_close(losses[1][key], expected, rtol=2e-5, atol=1e-6, msg=key)
+
+
 def test_dfine_by_default_pairs_each_layer_with_its_own() -> None:
     """As its paper: every layer of the decoder has all losses, and that before it has its own."""
     out, gradients = step(apply_to(model_of("d_fine")), batch(2, 3))

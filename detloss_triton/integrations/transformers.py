@@ -153,6 +153,9 @@ class DetectionLoss:
     ) -> tuple[Tensor, dict[str, Tensor], list[Layer]]:
         """The arguments are transformers'."""
         targets = [{"labels": t["class_labels"], "boxes": t["boxes"]} for t in labels]
+        if self.compatible and self.numbers is not None:
+            # transformers clips those of the last layer; made of distances, they may be beyond.
+            pred_boxes = pred_boxes.clamp(min=0, max=1)
         last = {"pred_logits": logits, "pred_boxes": pred_boxes}
         stacks = {"pred_logits": outputs_class, "pred_boxes": outputs_coord}
         if outputs_class is None:  # DAB-DETR hands over boxes all the same
