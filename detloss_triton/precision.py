@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # What kernels load and references convert as it is stored; torch computes with no other types.
-_READABLE = (
+READABLE = (
     torch.float16,
     torch.bfloat16,
     torch.float32,
@@ -34,7 +34,7 @@ def as_values(x: Tensor) -> Tensor:
     """x as it is stored where an op can read that, which then computes in floating point; else,
     as eight-bit floats, in float32.
     """
-    return x if x.dtype in _READABLE else x.to(torch.float32)
+    return x if x.dtype in READABLE else x.to(torch.float32)
 
 
 def as_indices(x: Tensor) -> Tensor:

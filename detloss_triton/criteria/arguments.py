@@ -36,11 +36,11 @@ def constants(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
         value = value.detach() if value.requires_grad else value
         return value.to(dtype) if value.dtype == torch.float64 else value
-    if isinstance(value, Mapping):
-        return {key: constants(entry, dtype) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         entries = [constants(entry, dtype) for entry in value]
         return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
+    if isinstance(value, Mapping):
+        return {key: constants(entry, dtype) for key, entry in value.items()}
     return value
 
 

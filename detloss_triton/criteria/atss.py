@@ -13,7 +13,7 @@ from detloss_triton.losses import CrossEntropyLoss, CrossSigmoidFocalLoss, Quali
 from detloss_triton.ops.dense import MIN_QUALITY, dense, is_object
 from detloss_triton.ops.regression import iou_loss
 from detloss_triton.precision import as_indices, at_least_float32
-from detloss_triton.reduction import EPS32, as_divisor, rank_means, unbound
+from detloss_triton.reduction import EPS32, as_divisor, rank_means
 from detloss_triton.settings import described
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
@@ -31,6 +31,7 @@ from .arguments import constants, precision_of
 from .levels import (
     BOX_TERMS,
     ONE,
+    as_given,
     as_rows,
     at_positives,
     check_labels,
@@ -196,11 +197,11 @@ class ATSSCriterion(nn.Module):
                 valid_label_mask=valid_label_mask,
                 avg_factor=avg_factor,
             )
-        scores = tuple(as_rows(level, self.cls_out_channels) for level in cls_score)
-        codes = tuple(as_rows(level, 4) for level in bbox_pred)
-        logits = tuple(as_rows(level, 1).squeeze(-1) for level in centerness)
         terms = self._terms()
         if terms is None:
+            scores = [as_rows(level, self.cls_out_channels) for level in cls_score]
+            codes = [as_rows(level, 4) for level in bbox_pred]
+            logits = [as_rows(level, 1).squeeze(-1) for level in centerness]
             levels = [
                 (*level, dtype)
                 for level in zip(
@@ -218,28 +219,28 @@ class ATSSCriterion(nn.Module):
             return self._by_module([_Level(*level) for level in levels], avg_factor)
         masks: tuple[Tensor, ...] = ()
         if self._masks():
-            pairs = zip(valid_label_mask, scores, strict=True)
-            masks = tuple(mask.expand(x.shape) for mask, x in pairs)
-        divisor, number = divisor_of(avg_factor, scores[0].device)
-        losses = unbound(
-            dense(
-                scores,
-                tuple(map(as_indices, labels)),
-                (),
-                tuple(label_weights),
-                masks,
-                codes,
-                tuple(anchors),
-                tuple(bbox_targets),
-                logits,
-                divisor,
-                number=number,
-                by_iou=self.use_qfl,
-                background=float(self.bg_loss_weight),
-                **terms,
+            width = self.cls_out_channels
+            masks = tuple(
+                x if x.shape[-1] == width else x.expand(-1, -1, width) for x in valid_label_mask
             )
+        divisor, number = divisor_of(avg_factor, labels[0].device)
+        losses = dense.unbound(
+            as_given(cls_score, self.cls_out_channels),
+            tuple(map(as_indices, labels)),
+            (),
+            tuple(label_weights),
+            masks,
+            as_given(bbox_pred, 4),
+            tuple(anchors),
+            tuple(bbox_targets),
+            tuple([x.squeeze(-1) if x.dim() == 3 else x for x in as_given(centerness, 1)]),
+            divisor,
+            number=number,
+            by_iou=self.use_qfl,
+            background=float(self.bg_loss_weight),
+            **terms,
         )
-        n = len(scores)
+        n = len(labels)
         return {
             "loss_cls": losses[:n],
             "loss_bbox": losses[n : 2 * n],

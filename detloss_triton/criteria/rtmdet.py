@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from detloss_triton.ops.dense import dense, is_object, joined
 from detloss_triton.precision import as_indices, at_least_float32
-from detloss_triton.reduction import rank_means, unbound
+from detloss_triton.reduction import rank_means
 from detloss_triton.settings import described
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
@@ -29,6 +29,7 @@ from .arguments import constants, precision_of
 from .levels import (
     BOX_TERMS,
     ONE,
+    as_given,
     as_rows,
     check_labels,
     check_levels,
@@ -129,35 +130,34 @@ class RTMDetCriterion(nn.Module):
             self._check_values(
                 cls_score, bbox_pred, labels, label_weights, bbox_targets, assign_metrics
             )
-        scores = tuple(as_rows(level, self.cls_out_channels) for level in cls_score)
-        boxes = tuple(as_rows(level, 4) for level in bbox_pred)
         terms = self._terms()
         if terms is None:
+            scores = tuple(as_rows(level, self.cls_out_channels) for level in cls_score)
+            boxes = tuple(as_rows(level, 4) for level in bbox_pred)
             return self._by_module(
                 scores, boxes, labels, assign_metrics, label_weights, bbox_targets, dtype
             )
-        losses = unbound(
-            dense(
-                scores,
-                tuple(map(as_indices, labels)),
-                tuple(assign_metrics),
-                tuple(label_weights),
-                (),
-                boxes,
-                (),
-                tuple(bbox_targets),
-                (),
-                (),
-                number=1.0,
-                decode="",
-                decode_constants=(),
-                by_iou=False,
-                background=-1.0,
-                added=(0.0, 0.0),
-                **terms,
-            )
+        losses = dense.unbound(
+            as_given(cls_score, self.cls_out_channels),
+            tuple(map(as_indices, labels)),
+            tuple(assign_metrics),
+            tuple(label_weights),
+            (),
+            as_given(bbox_pred, 4),
+            (),
+            tuple(bbox_targets),
+            (),
+            (),
+            number=1.0,
+            decode="",
+            decode_constants=(),
+            by_iou=False,
+            background=-1.0,
+            added=(0.0, 0.0),
+            **terms,
         )
-        return {"loss_cls": losses[: len(scores)], "loss_bbox": losses[len(scores) :]}
+        n = len(labels)
+        return {"loss_cls": losses[:n], "loss_bbox": losses[n:]}
 
     if TYPE_CHECKING:
         __call__ = forward

@@ -21,7 +21,7 @@ from detloss_triton.matchers import HungarianMatcher
 from detloss_triton.ops.queries import queries
 from detloss_triton.precision import arithmetic_dtype, as_values
 from detloss_triton.ranks import are_several
-from detloss_triton.reduction import rank_means, unbound
+from detloss_triton.reduction import rank_means
 from detloss_triton.settings import described
 from detloss_triton.shapes import check_counts, check_mapping, check_numbers, check_shapes
 from detloss_triton.targets import Targets, check_images, counts_of, pack, unpack, with_room
@@ -144,7 +144,7 @@ def named_losses(
     The weights name them; one that is a tensor is multiplied with behind the op.
     """
     factors = tuple(1.0 if isinstance(w, Tensor) else float(w) for w in weights.values())
-    found = unbound(op(*inputs, losses=" ".join(weights), factors=factors, **params))
+    found = op.unbound(*inputs, losses=" ".join(weights), factors=factors, **params)
     losses = {}
     for loss, (name, suffix) in zip(found, itertools.product(weights, suffixes), strict=True):
         weight = weights[name]

@@ -28,7 +28,7 @@ def sum_losses(losses: Mapping[str, Any]) -> Tensor:
     if not terms:
         raise ValueError("losses holds no tensor to sum")
     if all(term.numel() == 1 for term in terms):
-        return total(tuple(terms)).squeeze(0)
+        return total.unbound(tuple(terms))[0]
     return torch.cat([term.reshape(-1) for term in terms]).sum()
 
 

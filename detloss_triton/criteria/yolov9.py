@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from detloss_triton.engine import unbound
 from detloss_triton.losses import BCELoss, BoxLoss, DFLoss
 from detloss_triton.matchers import BoxMatcher
 from detloss_triton.ops.aligned import aligned, class_norm
 from detloss_triton.ops.regression import Rules, check_rules
-from detloss_triton.reduction import unbound
 from detloss_triton.settings import described
 from detloss_triton.shapes import check_shapes
 from detloss_triton.targets import room
@@ -287,15 +287,15 @@ class YOLOv9Criterion(nn.Module):
     def _fused(self, heads: Sequence[Sequence[Level]], targets: Tensor) -> Tensor:
         """Classification, distribution and box losses, (3, heads). Heads are matched at once."""
         levels = [level for head in heads for level in head]
-        logits, distributions, distances = (
-            tuple(part.flatten(-2) for part in parts) for parts in zip(*levels, strict=True)
-        )
+        logits, distributions, distances = zip(*levels, strict=True)
         anchors = self.vec2box.anchor_grid, self.vec2box.scaler
-        target, score = self.matcher.align(logits, distances, anchors, targets, len(heads))
+        with torch.no_grad():
+            cells = ([level.flatten(2) for level in part] for part in (logits, distances))
+            target, score = self.matcher.align(*cells, anchors, targets, len(heads))
         losses = aligned(
-            tuple(level.transpose(1, 2) for level in logits),
-            tuple(level.permute(0, 3, 2, 1) for level in distributions),
-            tuple(level.transpose(1, 2) for level in distances),
+            logits,
+            distributions,
+            distances,
             (target,),
             (score,),
             anchors,

@@ -58,7 +58,7 @@ class Passes(Protocol):
     ) -> Gradients: ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """Losses of segments (levels, layers or images), each a weighted sum over its programs.
 
@@ -202,8 +202,11 @@ class Sum:
         found: Tensor,
     ) -> Gradients:
         one = dout.view(())
-        pairs = zip(tensors, wanted, strict=True)
-        return [one.to(x.dtype).expand(x.shape) if w else None for x, w in pairs]
+
+        def like(x: Tensor) -> Tensor:
+            return one if x.dtype == one.dtype and not x.dim() else one.to(x.dtype).expand(x.shape)
+
+        return [like(x) if w else None for x, w in zip(tensors, wanted, strict=True)]
 
 
 def forward(

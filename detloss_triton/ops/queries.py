@@ -90,7 +90,7 @@ def iou_of(boxes: Tensor, found: Matched) -> Tensor:
         return (1 - missed).masked_fill(~found.matched, 0)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Layered(Plan):
     """Of layers that one body of code takes: copied where they are not of one layout."""
 
