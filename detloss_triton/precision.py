@@ -26,6 +26,11 @@ def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if has_double else torch.float32
 
 
+def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, for less where that is x."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     return x.to(arithmetic_dtype(x))
 

@@ -15,7 +15,7 @@ from detloss_triton.ops.regression import iou_loss
 from detloss_triton.precision import as_indices, at_least_float32
 from detloss_triton.reduction import EPS32, as_divisor, rank_means
 from detloss_triton.settings import described
-from detloss_triton.shapes import check_shapes
+from detloss_triton.shapes import check_shapes, once
 from detloss_triton.validate import (
     FINITE,
     MEETS_ANCHOR,
@@ -160,29 +160,16 @@ class ATSSCriterion(nn.Module):
         anchors, labels, label_weights, bbox_targets, valid_label_mask = constants(
             (anchors, labels, label_weights, bbox_targets, valid_label_mask), dtype
         )
-        check_levels(
-            self,
-            anchors=anchors,
-            cls_score=cls_score,
-            bbox_pred=bbox_pred,
-            centerness=centerness,
-            labels=labels,
-            label_weights=label_weights,
-            bbox_targets=bbox_targets,
-            valid_label_mask=valid_label_mask,
+        self._check(
+            anchors,
+            cls_score,
+            bbox_pred,
+            centerness,
+            labels,
+            label_weights,
+            bbox_targets,
+            valid_label_mask,
         )
-        n_images, places = check_labels(self, labels)
-        for level, rows in enumerate(
-            zip(labels, label_weights, anchors, bbox_targets, valid_label_mask, strict=True)
-        ):
-            self._check_rows(places[level], n_images, *rows)
-            check_maps(
-                places[level],
-                labels[level],
-                cls_score=(cls_score[level], self.cls_out_channels),
-                bbox_pred=(bbox_pred[level], 4),
-                centerness=(centerness[level], 1),
-            )
         place = f"{type(self).__name__}: avg_factor"
         avg_factor = as_divisor(place, avg_factor, dtype, labels[0].device)
         if enabled():
@@ -333,6 +320,43 @@ class ATSSCriterion(nn.Module):
     def extra_repr(self) -> str:
         slots = {slot: is_ours(getattr(self, slot)) for slot in _SLOTS}
         return described(self, **slots, bbox_coder=is_our_coder(self.bbox_coder))
+
+    @once("cls_out_channels", "num_classes")
+    def _check(
+        self,
+        anchors: Any,
+        cls_score: Any,
+        bbox_pred: Any,
+        centerness: Any,
+        labels: Any,
+        label_weights: Any,
+        bbox_targets: Any,
+        valid_label_mask: Any,
+    ) -> None:
+        """Raise unless the arguments fit each other."""
+        check_levels(
+            self,
+            anchors=anchors,
+            cls_score=cls_score,
+            bbox_pred=bbox_pred,
+            centerness=centerness,
+            labels=labels,
+            label_weights=label_weights,
+            bbox_targets=bbox_targets,
+            valid_label_mask=valid_label_mask,
+        )
+        n_images, places = check_labels(self, labels)
+        for level, rows in enumerate(
+            zip(labels, label_weights, anchors, bbox_targets, valid_label_mask, strict=True)
+        ):
+            self._check_rows(places[level], n_images, *rows)
+            check_maps(
+                places[level],
+                labels[level],
+                cls_score=(cls_score[level], self.cls_out_channels),
+                bbox_pred=(bbox_pred[level], 4),
+                centerness=(centerness[level], 1),
+            )
 
     def _check_rows(
         self,

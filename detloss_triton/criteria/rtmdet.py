@@ -13,7 +13,7 @@ from detloss_triton.ops.dense import dense, is_object, joined
 from detloss_triton.precision import as_indices, at_least_float32
 from detloss_triton.reduction import rank_means
 from detloss_triton.settings import described
-from detloss_triton.shapes import check_shapes
+from detloss_triton.shapes import check_shapes, once
 from detloss_triton.validate import (
     FINITE,
     FRACTION,
@@ -105,27 +105,9 @@ class RTMDetCriterion(nn.Module):
         labels, label_weights, bbox_targets, assign_metrics = constants(
             (labels, label_weights, bbox_targets, assign_metrics), dtype
         )
-        check_levels(
-            self,
-            cls_score=cls_score,
-            bbox_pred=bbox_pred,
-            labels=labels,
-            label_weights=label_weights,
-            bbox_targets=bbox_targets,
-            assign_metrics=assign_metrics,
-            stride=stride,
+        self._check(
+            cls_score, bbox_pred, labels, label_weights, bbox_targets, assign_metrics, stride
         )
-        n_images, places = check_labels(self, labels)
-        for level, rows in enumerate(
-            zip(labels, label_weights, bbox_targets, assign_metrics, stride, strict=True)
-        ):
-            self._check_rows(places[level], n_images, *rows)
-            check_maps(
-                places[level],
-                labels[level],
-                cls_score=(cls_score[level], self.cls_out_channels),
-                bbox_pred=(bbox_pred[level], 4),
-            )
         if enabled():
             self._check_values(
                 cls_score, bbox_pred, labels, label_weights, bbox_targets, assign_metrics
@@ -232,6 +214,40 @@ class RTMDetCriterion(nn.Module):
 
     def extra_repr(self) -> str:
         return described(self, loss_cls=is_ours(self.loss_cls), loss_bbox=is_ours(self.loss_bbox))
+
+    @once("cls_out_channels")
+    def _check(
+        self,
+        cls_score: Any,
+        bbox_pred: Any,
+        labels: Any,
+        label_weights: Any,
+        bbox_targets: Any,
+        assign_metrics: Any,
+        stride: Any,
+    ) -> None:
+        """Raise unless the arguments fit each other."""
+        check_levels(
+            self,
+            cls_score=cls_score,
+            bbox_pred=bbox_pred,
+            labels=labels,
+            label_weights=label_weights,
+            bbox_targets=bbox_targets,
+            assign_metrics=assign_metrics,
+            stride=stride,
+        )
+        n_images, places = check_labels(self, labels)
+        for level, rows in enumerate(
+            zip(labels, label_weights, bbox_targets, assign_metrics, stride, strict=True)
+        ):
+            self._check_rows(places[level], n_images, *rows)
+            check_maps(
+                places[level],
+                labels[level],
+                cls_score=(cls_score[level], self.cls_out_channels),
+                bbox_pred=(bbox_pred[level], 4),
+            )
 
     def _check_rows(
         self,

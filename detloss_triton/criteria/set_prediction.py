@@ -23,7 +23,7 @@ from detloss_triton.precision import arithmetic_dtype, as_values
 from detloss_triton.ranks import are_several
 from detloss_triton.reduction import rank_means
 from detloss_triton.settings import described
-from detloss_triton.shapes import check_counts, check_mapping, check_numbers, check_shapes
+from detloss_triton.shapes import check_counts, check_mapping, check_numbers, check_shapes, once
 from detloss_triton.targets import Targets, check_images, counts_of, pack, unpack, with_room
 from detloss_triton.validate import (
     CXCYWH,
@@ -511,11 +511,21 @@ class SetCriterion(nn.Module):
         Raises:
             TypeError, ValueError: for a missing entry or a wrong shape; they name layer and entry.
         """
+        every = [
+            [(suffix, [output.get(key) for key in self.entries]) for suffix, output in layers]
+            for layers in (main, denoising)
+        ]
+        self._check_entries(*every)
+
+    @once("num_classes", "formula", "entries", "reg_max")
+    def _check_entries(self, main: Any, denoising: Any) -> None:
+        """As `_check_shapes`, of (suffix, values of the `entries`)."""
         name = type(self).__name__
         arguments: dict[str, tuple[Tensor, tuple[str | int, ...]]] = {}
-        named = [(self._queries(suffix), suffix, output) for suffix, output in main]
-        named += [("denoising Q", suffix, output) for suffix, output in denoising]
-        for n_queries, suffix, output in named:
+        named = [(self._queries(suffix), suffix, values) for suffix, values in main]
+        named += [("denoising Q", suffix, values) for suffix, values in denoising]
+        for n_queries, suffix, values in named:
+            output = dict(zip(self.entries, values, strict=True))
             widths = self._widths(output)
             for key in widths:
                 if output.get(key) is None:

@@ -155,7 +155,7 @@ class DirectOp(Formula):
             run = self.launcher
         names = self.parameters[len(inputs) :]
         with torch.no_grad():
-            return run(*mapped(Tensor.detach, inputs), *(params[name] for name in names))
+            return run(*mapped(_without_graph, inputs), *(params[name] for name in names))
 
     def _on_torch(self, *arguments: Any) -> Any:
         first = next(tensors_of(arguments))
@@ -222,6 +222,10 @@ def unbound(
     # would be a launch of each, and so would the backward of each `x[i]`.
     entries = x.unsafe_split(1) if len(x) else ()
     return [*entries[:n_rows], *(squeeze(entry, 0) for entry in entries[n_rows:])]
+
+
+def _without_graph(x: Tensor) -> Tensor:
+    return x.detach() if x.requires_grad else x
 
 
 def _placed(x: Tensor, device: torch.device) -> Tensor:
