@@ -59,10 +59,13 @@ def once(*attributes: str) -> Callable[[Callable[..., None]], Callable[..., None
 
 def _signature(value: Any) -> Any:
     """All but the numbers in tensors: no tensor is kept alive by it."""
-    if isinstance(value, Tensor):
-        return value.shape, value.device, value.dtype
     if isinstance(value, (list, tuple)):
-        return tuple([_signature(x) for x in value])
+        return tuple(
+            [
+                (x.shape, x.device, x.dtype) if isinstance(x, Tensor) else _signature(x)
+                for x in value
+            ]
+        )
     # 1 and True are equal, and so are arrays that change.
     return (type(value), value) if isinstance(value, (int, float, str, type(None))) else []
 

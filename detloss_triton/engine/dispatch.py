@@ -72,6 +72,7 @@ class RowOp(RowFormula):
         call = Call(self, tuple(params.items()), len(rows) if self.values else keep, rows)
         first = inputs[0]
         assert first is not None
+        _check_devices(self, first, inputs)
         chosen = _chosen(self, first, inputs)
         if chosen == "torch":
             if modes.is_transformed() or not backend.is_cpu(first.device):
@@ -117,7 +118,9 @@ class _Evaluated(torch.autograd.Function):
         again = torch.is_grad_enabled() and not modes.is_compiling()
         dout = douts[0].view(1) if ctx.is_apart else douts[0]
         if len(douts) > 1:
-            dout = torch.stack([x.view(()) for x in douts] if ctx.call.apart else douts)
+            dout = torch.stack(
+                [x.view(()) if x.dim() else x for x in douts] if ctx.call.apart else douts
+            )
         if again or modes.is_transformed(dout):
             leaves = [x for x, want in zip(inputs, wanted, strict=True) if want]
             with torch.enable_grad():
@@ -149,16 +152,19 @@ class DirectOp(Formula):
         return super().triton(graph.as_operator(self, launcher))
 
     def __call__(self, *inputs: Given, **params: Any) -> Any:
-        tensors = list(tensors_of(inputs))
+        tensors = tensors_of(inputs)
         run = self.operator or self._on_torch
+        _check_devices(self, tensors[0], tensors)
         if self.launcher and _chosen(self, tensors[0], tensors) == "triton":
             run = self.launcher
+        if any(x.requires_grad for x in tensors):
+            inputs = mapped(Tensor.detach, inputs)
         names = self.parameters[len(inputs) :]
         with torch.no_grad():
-            return run(*mapped(_without_graph, inputs), *(params[name] for name in names))
+            return run(*inputs, *[params[name] for name in names])
 
     def _on_torch(self, *arguments: Any) -> Any:
-        first = next(tensors_of(arguments))
+        first = tensors_of(arguments)[0]
         if self.cpu_form is not None and modes.host_sees(first.device):
             return self.cpu_form(*arguments)
         return self.reference(*arguments)
@@ -193,6 +199,7 @@ class FusedOp(FusedFormula):
         if any(x.dtype not in READABLE or x.device != device for x in tensors):
             inputs = tuple(tuple(as_values(_placed(x, device)) for x in given) for given in inputs)
             tensors = tuple(x for given in inputs for x in given)
+            _check_devices(self, tensors[0], tensors)
         traced = modes.is_compiling() and not self.in_graphs
         if traced or _chosen(self, tensors[0], tensors) == "torch":
             return self.reference(*self.rows(inputs), **params)
@@ -224,10 +231,6 @@ def unbound(
     return [*entries[:n_rows], *(squeeze(entry, 0) for entry in entries[n_rows:])]
 
 
-def _without_graph(x: Tensor) -> Tensor:
-    return x.detach() if x.requires_grad else x
-
-
 def _placed(x: Tensor, device: torch.device) -> Tensor:
     """What holds nothing may be anywhere."""
     is_nothing = x.numel() == 0 and x.device != device
@@ -242,19 +245,23 @@ def _apart(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(out)
 
 
-def _chosen(op: Formula, first: Tensor, inputs: Sequence[Tensor | None]) -> str:
-    """The backend to run on; "auto" takes torch for what is beyond the kernel, and warns.
-
-    Raises:
-        RuntimeError: where "triton" was asked for and cannot run.
-        ValueError: for tensors on several devices, of which a kernel would read unmapped memory.
-    """
+def _check_devices(op: Formula, first: Tensor, inputs: Sequence[Tensor | None]) -> None:
+    """Raise ValueError for tensors on several devices: a kernel would read unmapped memory."""
     device = first.device
     for x in inputs:
         if x is not None and x.device != device:
             raise ValueError(
                 f"{op.name}: all tensors must be on one device, got {device} and {x.device}"
             )
+
+
+def _chosen(op: Formula, first: Tensor, inputs: Sequence[Tensor | None]) -> str:
+    """The backend to run on; "auto" takes torch for what is beyond the kernel, and warns.
+
+    Raises:
+        RuntimeError: where "triton" was asked for and cannot run.
+    """
+    device = first.device
     dtypes = {x.dtype for x in inputs if x is not None}
     hindrance = _TRANSFORMED if modes.is_transformed() else ""
     chosen = backend.choose(device, dtypes, hindrance)

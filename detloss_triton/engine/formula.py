@@ -36,13 +36,11 @@ def mapped(change: Callable[[Tensor], Any], given: Given) -> Any:
     return None if given is None else change(given)
 
 
-def tensors_of(given: Given) -> Iterator[Tensor]:
+def tensors_of(given: Given) -> list[Tensor]:
     # An operator of a graph is handed a list where a tuple was.
     if isinstance(given, (tuple, list)):
-        for x in given:
-            yield from tensors_of(x)
-    elif given is not None:
-        yield given
+        return [y for x in given for y in ([x] if isinstance(x, Tensor) else tensors_of(x))]
+    return [] if given is None else [given]
 
 
 def is_differentiated(inputs: Inputs) -> bool:
@@ -352,6 +350,8 @@ class FusedCall:
         ends = tuple(itertools.accumulate(counts))
         self.of_input = [slice(end - n, end) for end, n in zip(ends, counts, strict=True)]
         self._passes: Any = None
+        # Of all tensors, the same in both passes.
+        self._strides: list[tuple[int, ...]] | None = None
 
     def inputs(self, tensors: Sequence[Any]) -> list[tuple[Any, ...]]:
         """What is given of each tensor, by inputs."""
@@ -373,16 +373,18 @@ class FusedCall:
         self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]
     ) -> tuple[tuple[Any, ...], ...]:
         """Of each level the inputs, then the gradients wanted: (tensor, strides...) or None."""
-        dims = self.op.dims
-        columns: list[tuple[Sequence[Tensor | None], int]]
-        columns = [(tensors[self.of_input[i]], dims[i]) for i in self.op.of_levels]
-        columns += [(gradients[self.of_input[i]], dims[i]) for i in self.op.of_gradients]
-        none: list[Tensor | None] = [None] * max(len(column) for column, _ in columns)
-        strided = [
-            [x if x is None else (x, *_row_strides(x, dim)) for x in column or none]
-            for column, dim in columns
+        parts, dims = self.of_input, self.op.dims
+        if self._strides is None:
+            pairs = zip(parts, dims, strict=True)
+            self._strides = [_row_strides(x, dim) for part, dim in pairs for x in tensors[part]]
+        strided = [(x, *strides) for x, strides in zip(tensors, self._strides, strict=True)]
+        columns: list[Sequence[Any]] = [strided[parts[i]] for i in self.op.of_levels]
+        columns += [
+            [x if x is None else (x, *_row_strides(x, dims[i])) for x in gradients[parts[i]]]
+            for i in self.op.of_gradients
         ]
-        return tuple(zip(*strided, strict=True))
+        none = [None] * max(map(len, columns))
+        return tuple(zip(*[column or none for column in columns], strict=True))
 
 
 @dataclass(frozen=True)

@@ -202,11 +202,12 @@ class Sum:
         found: Tensor,
     ) -> Gradients:
         one = dout.view(())
-
-        def like(x: Tensor) -> Tensor:
-            return one if x.dtype == one.dtype and not x.dim() else one.to(x.dtype).expand(x.shape)
-
-        return [like(x) if w else None for x, w in zip(tensors, wanted, strict=True)]
+        made: dict[Any, Tensor] = {(one.dtype, one.shape): one}
+        for x in tensors:
+            if (x.dtype, x.shape) not in made:
+                made[x.dtype, x.shape] = one.to(x.dtype).expand(x.shape)
+        pairs = zip(tensors, wanted, strict=True)
+        return [made[x.dtype, x.shape] if want else None for x, want in pairs]
 
 
 def forward(

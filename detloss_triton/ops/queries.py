@@ -101,17 +101,19 @@ class _Layered(Plan):
         gradients: Sequence[Tensor | None],
         **pointers: Tensor,
     ) -> None:
-        given = [
-            of_one_layout(x) if x and i in call.op.of_levels else x
-            for i, x in enumerate(call.inputs(tensors))
-        ]
+        given: list[Sequence[Tensor]] = [*call.inputs(tensors)]
+        for i in call.op.of_levels:
+            if given[i]:
+                given[i] = of_one_layout(given[i])
         wanted = call.inputs(gradients)
-        into = [_gradients(*pair) for pair in zip(wanted, given, strict=True)]
+        into: list[Sequence[Tensor | None]] = [*wanted]
+        for i in call.op.of_gradients:
+            into[i] = _gradients(wanted[i], given[i])
         super()._launch(
             call, tuple(x for xs in given for x in xs), [x for xs in into for x in xs], **pointers
         )
-        for asked, found in zip(wanted, into, strict=True):
-            for x, y in zip(asked, found, strict=True):
+        for i in call.op.of_gradients:
+            for x, y in zip(wanted[i], into[i], strict=True):
                 if x is not None and x is not y:
                     x.copy_(y)
 
