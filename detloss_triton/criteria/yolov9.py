@@ -297,9 +297,8 @@ class YOLOv9Criterion(nn.Module):
         levels = [level for head in heads for level in head]
         logits, distributions, distances = zip(*levels, strict=True)
         anchors = self.vec2box.anchor_grid, self.vec2box.scaler
-        with torch.no_grad():
-            cells = ([level.flatten(2) for level in part] for part in (logits, distances))
-            target, score = self.matcher.align(*cells, anchors, targets, len(heads))
+        cells = ([x.detach().flatten(2) for x in part] for part in (logits, distances))
+        target, score = self.matcher.align(*cells, anchors, targets, len(heads))
         losses = aligned(
             logits,
             distributions,
