@@ -59,6 +59,18 @@ _NOT_CALLED = (
     "_get_loss_centerness",
 )
 
+# What `forward` takes of each level.
+_LEVELS = (
+    "anchors",
+    "cls_score",
+    "bbox_pred",
+    "centerness",
+    "labels",
+    "label_weights",
+    "bbox_targets",
+    "valid_label_mask",
+)
+
 
 class ATSSCriterion(nn.Module):
     """Losses of ATSS (Zhang et al., 2020, https://arxiv.org/abs/1912.02424).
@@ -322,40 +334,19 @@ class ATSSCriterion(nn.Module):
         return described(self, **slots, bbox_coder=is_our_coder(self.bbox_coder))
 
     @once("cls_out_channels", "num_classes")
-    def _check(
-        self,
-        anchors: Any,
-        cls_score: Any,
-        bbox_pred: Any,
-        centerness: Any,
-        labels: Any,
-        label_weights: Any,
-        bbox_targets: Any,
-        valid_label_mask: Any,
-    ) -> None:
-        """Raise unless the arguments fit each other."""
-        check_levels(
-            self,
-            anchors=anchors,
-            cls_score=cls_score,
-            bbox_pred=bbox_pred,
-            centerness=centerness,
-            labels=labels,
-            label_weights=label_weights,
-            bbox_targets=bbox_targets,
-            valid_label_mask=valid_label_mask,
-        )
-        n_images, places = check_labels(self, labels)
-        for level, rows in enumerate(
-            zip(labels, label_weights, anchors, bbox_targets, valid_label_mask, strict=True)
-        ):
-            self._check_rows(places[level], n_images, *rows)
+    def _check(self, *levels: Any) -> None:
+        """Raise unless these arguments fit each other."""
+        check_levels(self, **dict(zip(_LEVELS, levels, strict=True)))
+        n_images, places = check_labels(self, levels[4])
+        for place, level in zip(places, zip(*levels, strict=True), strict=True):
+            anchors, scores, boxes, centres, labels, weights, targets, mask = level
+            self._check_rows(place, n_images, labels, weights, anchors, targets, mask)
             check_maps(
-                places[level],
-                labels[level],
-                cls_score=(cls_score[level], self.cls_out_channels),
-                bbox_pred=(bbox_pred[level], 4),
-                centerness=(centerness[level], 1),
+                place,
+                labels,
+                cls_score=(scores, self.cls_out_channels),
+                bbox_pred=(boxes, 4),
+                centerness=(centres, 1),
             )
 
     def _check_rows(

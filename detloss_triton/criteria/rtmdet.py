@@ -42,6 +42,17 @@ from .levels import (
     term_of,
 )
 
+# What `forward` takes of each level.
+_LEVELS = (
+    "cls_score",
+    "bbox_pred",
+    "labels",
+    "label_weights",
+    "bbox_targets",
+    "assign_metrics",
+    "stride",
+)
+
 
 class RTMDetCriterion(nn.Module):
     """Losses of RTMDet (Lyu et al., 2022, https://arxiv.org/abs/2212.07784).
@@ -216,38 +227,14 @@ class RTMDetCriterion(nn.Module):
         return described(self, loss_cls=is_ours(self.loss_cls), loss_bbox=is_ours(self.loss_bbox))
 
     @once("cls_out_channels")
-    def _check(
-        self,
-        cls_score: Any,
-        bbox_pred: Any,
-        labels: Any,
-        label_weights: Any,
-        bbox_targets: Any,
-        assign_metrics: Any,
-        stride: Any,
-    ) -> None:
-        """Raise unless the arguments fit each other."""
-        check_levels(
-            self,
-            cls_score=cls_score,
-            bbox_pred=bbox_pred,
-            labels=labels,
-            label_weights=label_weights,
-            bbox_targets=bbox_targets,
-            assign_metrics=assign_metrics,
-            stride=stride,
-        )
-        n_images, places = check_labels(self, labels)
-        for level, rows in enumerate(
-            zip(labels, label_weights, bbox_targets, assign_metrics, stride, strict=True)
-        ):
-            self._check_rows(places[level], n_images, *rows)
-            check_maps(
-                places[level],
-                labels[level],
-                cls_score=(cls_score[level], self.cls_out_channels),
-                bbox_pred=(bbox_pred[level], 4),
-            )
+    def _check(self, *levels: Any) -> None:
+        """Raise unless these arguments fit each other."""
+        check_levels(self, **dict(zip(_LEVELS, levels, strict=True)))
+        n_images, places = check_labels(self, levels[2])
+        for place, (scores, boxes, *rows) in zip(places, zip(*levels, strict=True), strict=True):
+            self._check_rows(place, n_images, *rows)
+            maps = {"cls_score": (scores, self.cls_out_channels), "bbox_pred": (boxes, 4)}
+            check_maps(place, rows[0], **maps)
 
     def _check_rows(
         self,
