@@ -15,7 +15,7 @@ from detloss_triton.ops.regression import iou_loss
 from detloss_triton.precision import as_indices, at_least_float32
 from detloss_triton.reduction import EPS32, as_divisor, rank_means
 from detloss_triton.settings import described
-from detloss_triton.shapes import check_shapes, once
+from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
     FINITE,
     MEETS_ANCHOR,
@@ -27,7 +27,7 @@ from detloss_triton.validate import (
     enabled,
 )
 
-from .arguments import constants, precision_of
+from .arguments import constants, once, precision_of
 from .levels import (
     BOX_TERMS,
     ONE,

@@ -13,7 +13,7 @@ from detloss_triton.ops.dense import dense, is_object, joined
 from detloss_triton.precision import as_indices, at_least_float32
 from detloss_triton.reduction import rank_means
 from detloss_triton.settings import described
-from detloss_triton.shapes import check_shapes, once
+from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
     FINITE,
     FRACTION,
@@ -25,7 +25,7 @@ from detloss_triton.validate import (
     enabled,
 )
 
-from .arguments import constants, precision_of
+from .arguments import constants, once, precision_of
 from .levels import (
     BOX_TERMS,
     ONE,

@@ -23,7 +23,7 @@ from detloss_triton.precision import arithmetic_dtype, as_values
 from detloss_triton.ranks import are_several
 from detloss_triton.reduction import rank_means
 from detloss_triton.settings import described
-from detloss_triton.shapes import check_counts, check_mapping, check_numbers, check_shapes, once
+from detloss_triton.shapes import check_counts, check_mapping, check_numbers, check_shapes
 from detloss_triton.targets import Targets, check_images, counts_of, pack, unpack, with_room
 from detloss_triton.validate import (
     CXCYWH,
@@ -41,7 +41,7 @@ from detloss_triton.validate import (
 )
 from detloss_triton.warn import warn_once
 
-from .arguments import constants, precision_of
+from .arguments import constants, once, precision_of
 from .denoising import Positives, positives_of, prepared
 from .levels import has_hooks
 from .matches import map_of_indices

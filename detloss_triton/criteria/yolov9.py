@@ -14,7 +14,7 @@ from detloss_triton.matchers import BoxMatcher
 from detloss_triton.ops.aligned import aligned, class_norm
 from detloss_triton.ops.regression import Rules, check_rules
 from detloss_triton.settings import described
-from detloss_triton.shapes import check_shapes, once
+from detloss_triton.shapes import check_shapes
 from detloss_triton.targets import room
 from detloss_triton.validate import FINITE, a_box_with_class, check, enabled, in_pixels
 from detloss_triton.vec2box import (
@@ -27,7 +27,7 @@ from detloss_triton.vec2box import (
     why_no_fit,
 )
 
-from .arguments import constants, precision_of
+from .arguments import constants, once, precision_of
 from .levels import has_hooks
 
 
