@@ -229,12 +229,12 @@ class SetCriterion(nn.Module):
     @property
     def class_loss(self) -> str:
         """The key of the classification loss; empty without one."""
-        return next((CLASS_LOSSES[x][0] for x in self.losses if x in CLASS_LOSSES), "")
+        return [*(CLASS_LOSSES[x][0] for x in self.losses if x in CLASS_LOSSES), ""][0]
 
     @property
     def formula(self) -> str:
         """Of the classification loss, in the op `queries`."""
-        return next((CLASS_LOSSES[x][1] for x in self.losses if x in CLASS_LOSSES), "varifocal")
+        return [*(CLASS_LOSSES[x][1] for x in self.losses if x in CLASS_LOSSES), "varifocal"][0]
 
     @property
     def loss_names(self) -> tuple[str, ...]:

@@ -252,7 +252,7 @@ _SCORED_BY_CHOICE = ("varifocal", "matchability")
 
 def class_loss(losses: str) -> str:
     """The one that is of classes among some losses' names; empty without one."""
-    return next((x for x in losses.split() if x not in ("loss_bbox", "loss_giou")), "")
+    return [*(x for x in losses.split() if x not in ("loss_bbox", "loss_giou")), ""][0]
 
 
 def _softmax(scores: Tensor, label: Tensor, of_nothing: float) -> Tensor:
