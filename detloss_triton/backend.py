@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +94,7 @@ def _request(name: Backend) -> None:
 
 
 def why_not_triton(
-    device: torch.device, dtypes: Sequence[torch.dtype] = (), hindrance: str = ""
+    device: torch.device, dtypes: Collection[torch.dtype] = (), hindrance: str = ""
 ) -> str:
     """The reason why Triton kernels cannot run on such tensors; empty if they can.
 
@@ -121,7 +121,7 @@ def why_not_triton(
 
 
 def choose(
-    device: torch.device, dtypes: Sequence[torch.dtype] = (), hindrance: str = ""
+    device: torch.device, dtypes: Collection[torch.dtype] = (), hindrance: str = ""
 ) -> Literal["triton", "torch"]:
     """The backend for tensors on `device`, for which see `why_not_triton`.
 
@@ -138,7 +138,7 @@ def choose(
 
 
 def _decide(
-    device: torch.device, dtypes: Sequence[torch.dtype] = (), hindrance: str = ""
+    device: torch.device, dtypes: Collection[torch.dtype] = (), hindrance: str = ""
 ) -> tuple[Literal["triton", "torch"], str]:
     """The backend, and why it is not Triton where "auto" would have liked that."""
     check_environment()

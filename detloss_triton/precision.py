@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # What kernels load and references convert as it is stored; torch computes with no other types.
-_READABLE = (
+READABLE = (
     torch.float16,
     torch.bfloat16,
     torch.float32,
@@ -26,6 +26,11 @@ def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if has_double else torch.float32
 
 
+def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, for less where that is x."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     return x.to(arithmetic_dtype(x))
 
@@ -34,7 +39,7 @@ def as_values(x: Tensor) -> Tensor:
     """x as it is stored where an op can read that, which then computes in floating point; else,
     as eight-bit floats, in float32.
     """
-    return x if x.dtype in _READABLE else x.to(torch.float32)
+    return x if x.dtype in READABLE else x.to(torch.float32)
 
 
 def as_indices(x: Tensor) -> Tensor:

@@ -107,14 +107,3 @@ def rank_means(*sums: Tensor) -> list[Tensor]:
     if not are_several():
         return ours
     return list(mean_over_ranks(torch.stack(ours)).unbind())
-
-
-def unbound(x: Tensor) -> list[Tensor]:
-    """The entries of x along its first dimension, each of which may be modified in place.
-
-    They take over the memory of x, which nothing else may use any more, so pass a result that was
-    made for this: of `value * factor`, autograd keeps `value`.
-    """
-    # Autograd refuses to modify one of several views, of which these make a secret; a copy of each
-    # would be a launch of each, and so would the backward of each `x[i]`.
-    return [entry.squeeze(0) for entry in x.unsafe_split(1)] if len(x) else []

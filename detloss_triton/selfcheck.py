@@ -62,7 +62,7 @@ def results(op: Formula, sample: Sample, inputs: tuple[Any, ...]) -> list[Tensor
     given, leaves = op.with_leaves(Sample(inputs, sample.params, sample.weight))
     of_rows = {}
     if isinstance(op, RowOp):
-        first = next(tensors_of(inputs))
+        first = tensors_of(inputs)[0]
         weight = None if sample.weight is None else sample.weight.to(first.device)
         of_rows = {"weight": weight, "keep": first.dim() - op.inputs[0].features}
     assert callable(op)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .boxes import columns
 from .engine import power_of_2
 from .ops.packing import pad
-from .precision import arithmetic_dtype, at_least_float32
+from .precision import arithmetic_dtype, as_type, at_least_float32
 from .shapes import check_shapes
 
 SMALLEST_BUCKET = 8
@@ -105,7 +105,7 @@ def pack(
                 raise ValueError(
                     f"{place}: targets[{i}][{key!r}] must be on {device}, got {target[key].device}"
                 )
-    labels = [image["labels"].to(torch.int64) for image in filled]
+    labels = [as_type(image["labels"], torch.int64) for image in filled]
     boxes_of = [_floating(image["boxes"], like) for image in filled]
     if not filled:
         labels = [torch.empty(0, dtype=torch.int64, device=device)]
@@ -213,5 +213,5 @@ def _check(place: str, target: Any) -> None:
 
 def _floating(boxes: Tensor, like: Tensor | None) -> Tensor:
     if like is not None:
-        return boxes.to(arithmetic_dtype(like))
+        return as_type(boxes, arithmetic_dtype(like))
     return boxes if boxes.is_floating_point() else boxes.to(torch.float32)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from detloss_triton import use_backend
 from detloss_triton.coders import DeltaXYWHBBoxCoder
-from detloss_triton.engine import REGISTRY, FusedOp, Sample, mapped, tensors_of
+from detloss_triton.engine import REGISTRY, FusedOp, Sample, as_rows, mapped, tensors_of
 
 FUSED_OPS = [op for op in REGISTRY.values() if isinstance(op, FusedOp)]
 over_fused = over(*FUSED_OPS, name="tested")
@@ -86,6 +86,60 @@ def test_parity(
 def test_layouts(tested: FusedOp, layout: Any, backend: str, device: torch.device) -> None:
     for sample in samples(tested, 12, device):
         assert_exact(tested, sample, changed(sample, layout))
+
+
+def as_map(x: Tensor, width: int, layout: str) -> Tensor:
+    """(N, n, ...features) rows as a map (N, features..., H, W), their order reversed; as they are
+    where there are none, or they make no rectangle."""
+    if x.shape[1] == 0 or x.shape[1] % width:
+        return x
+    features = x if x.dim() > 2 else x.unsqueeze(-1)
+    cells = features.permute(0, *range(features.dim() - 1, 0, -1)).unflatten(-1, (-1, width))
+    if layout == "channels last" and cells.dim() == 4:
+        return cells.contiguous(memory_format=torch.channels_last)
+    return spread(cells) if layout == "spread" else cells.contiguous()
+
+
+@pytest.mark.parametrize(
+    ("layout", "width"), [("contiguous", 4), ("contiguous", 1), ("channels last", 4), ("spread", 4)]
+)
+@pytest.mark.parametrize("name", [op.name for op in FUSED_OPS if any(op.dims)])
+def test_maps_are_as_their_rows(
+    name: str, layout: str, width: int, backend: str, device: torch.device
+) -> None:
+    """Losses and gradients, of maps that a kernel walks and of those that are made into rows."""
+    tested = REGISTRY[name]
+    assert isinstance(tested, FusedOp)
+    for sample in samples(tested, 20, device)[:2]:
+        inputs: list[Any] = list(sample.inputs)
+        for i, dim in enumerate(tested.dims):
+            if dim:
+                inputs[i] = tuple(as_map(x, width, layout) for x in inputs[i])
+        assert any(x.dim() > 3 for x in inputs[0])
+        of_maps = computed(tested, tested, Sample(tuple(inputs), sample.params))
+        of_rows = computed(tested, tested, Sample(tested.rows(inputs), sample.params))
+        for by_map, by_row in zip(of_maps, of_rows, strict=True):
+            is_map = by_map.shape != by_row.shape
+            assert torch.equal(as_rows(by_map, by_row.dim()) if is_map else by_map, by_row)
+
+
+@over_fused
+def test_losses_one_by_one(tested: FusedOp, backend: str, device: torch.device) -> None:
+    """They are the entries of the vector, may be modified in place, and twice differentiated."""
+    sample = samples(tested, 6, device)[0]
+    given, leaves = tested.with_leaves(sample)
+    whole = tested(*given.inputs, **given.params)
+    losses = tested.unbound(*given.inputs, n_rows=2, **given.params)
+    assert [x.dim() for x in losses] == [int(i < 2) for i in range(len(whole))]
+    factors = torch.arange(2, len(whole) + 2, device=device)
+    for x, factor in zip(losses, factors, strict=True):
+        x.mul_(factor)
+    scaled = torch.cat([x.view(1) for x in losses])
+    assert torch.equal(scaled, whole * factors)
+    for how in ({"retain_graph": True}, {"create_graph": True}):
+        found = torch.autograd.grad(scaled, leaves, upstream_for(whole), **how)
+        expected = torch.autograd.grad(whole, leaves, upstream_for(whole) * factors, **how)
+        assert all(map(torch.equal, found, expected))
 
 
 @over_fused

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from detloss_triton.reduction import unbound
+from detloss_triton.engine import unbound
 
 
 def test_unbound_entries_are_modified_in_place_and_by_themselves() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,7 @@ from trees import leaves, mapped
 import detloss_triton as dt
 from detloss_triton.bench.batches import DENSE as BUILDERS
 from detloss_triton.bench.batches import STRIDES
+from detloss_triton.criteria.arguments import once
 from detloss_triton.criteria.levels import check_maps
 from detloss_triton.shapes import check_shapes
 
@@ -222,3 +226,89 @@ def test_checks_work_without_values_and_in_a_graph_of_any_size(device: str) -> N
     for n, h, w in ((2, 4, 6), (3, 5, 7), (4, 8, 9)):
         checked(torch.zeros(n, h * w, device=device), torch.zeros(n, 5, h, w, device=device))
     assert len(graphs) == 1
+
+
+class Checking:
+    """Counts how often it has looked at its arguments, and refuses an empty tensor."""
+
+    def __init__(self) -> None:
+        self.n_classes, self.looked = 3, 0
+
+    @once("n_classes")
+    def check(self, *args: Any) -> None:
+        self.looked += 1
+        if isinstance(args[0], Tensor) and args[0].numel() == 0:
+            raise ValueError("nothing")
+
+    def looks_at(self, *args: Any) -> bool:
+        before = self.looked
+        self.check(*args)
+        return self.looked > before
+
+
+def test_what_fits_is_checked_once_for_a_signature() -> None:
+    x, checking = torch.zeros(2, 3), Checking()
+    assert checking.looks_at(x, [x], 1) and not checking.looks_at(x + 1, [x], 1)
+    others: list[tuple[Any, ...]] = [
+        (x.T, [x], 1),
+        (x.double(), [x], 1),
+        (x.to("meta"), [x], 1),
+        (x, [x, x], 1),
+        (x, [x.T], 1),
+        (x, [x], True),
+        (x, [x], 1.0),
+        (x, [x], None),
+        (x, [x], "1"),
+        (x.tolist(), [x], 1),
+    ]
+    for args in others:
+        assert checking.looks_at(*args), args
+        assert not checking.looks_at(*args), args
+    checking.n_classes = 4
+    assert checking.looks_at(x, [x], 1)
+    # Another object of the class knows what this one does, one of a class derived from it nothing.
+    other = Checking()
+    assert not other.looks_at(x, [x], 1)
+    assert type("Derived", (Checking,), {})().looks_at(x, [x], 1)
+
+
+def test_what_is_refused_or_may_change_is_looked_at_again() -> None:
+    checking, nothing = Checking(), torch.zeros(0)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="nothing"):
+            checking.check(nothing)
+    pair = np.array([8, 8])
+    assert checking.looks_at(1, pair) and checking.looks_at(1, pair)
+
+
+def test_signatures_are_few_and_keep_no_tensor_alive() -> None:
+    checking = Checking()
+    for n in range(1, 1000):
+        checking.check(torch.empty(n, device="meta"))
+    passed = next(
+        cell.cell_contents
+        for cell in Checking.check.__closure__  # type: ignore[attr-defined]
+        if isinstance(cell.cell_contents, dict)
+    )
+    assert 0 < len(passed) <= 256
+    x = torch.zeros(5, 7)
+    gone = weakref.ref(x)
+    checking.check(x, [x], (x,))
+    del x
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("name", ["atss", "rtmdet", "yolov9"])
+def test_a_criterion_that_is_changed_is_checked_anew(name: str) -> None:
+    batch = BUILDERS[name]().on(torch.device("cpu"))
+    criterion = batch.criterion(torch.device("cpu"))
+    criterion(**batch.inputs)
+    for attribute in ("num_classes", "cls_out_channels"):
+        if hasattr(criterion, attribute):
+            setattr(criterion, attribute, getattr(criterion, attribute) + 1)
+    for part in (getattr(criterion, "matcher", None),):
+        if part is not None:
+            part.class_num += 1
+    with pytest.raises(ValueError, match="must have shape"):
+        criterion(**batch.inputs)

@@ -13,7 +13,7 @@ from detloss_triton.losses import CrossEntropyLoss, CrossSigmoidFocalLoss, Quali
 from detloss_triton.ops.dense import MIN_QUALITY, dense, is_object
 from detloss_triton.ops.regression import iou_loss
 from detloss_triton.precision import as_indices, at_least_float32
-from detloss_triton.reduction import EPS32, as_divisor, rank_means, unbound
+from detloss_triton.reduction import EPS32, as_divisor, rank_means
 from detloss_triton.settings import described
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
@@ -27,10 +27,11 @@ from detloss_triton.validate import (
     enabled,
 )
 
-from .arguments import constants, precision_of
+from .arguments import constants, once, precision_of
 from .levels import (
     BOX_TERMS,
     ONE,
+    as_given,
     as_rows,
     at_positives,
     check_labels,
@@ -56,6 +57,18 @@ _NOT_CALLED = (
     "_get_loss_cls",
     "_get_loss_bbox",
     "_get_loss_centerness",
+)
+
+# What `forward` takes of each level.
+_LEVELS = (
+    "anchors",
+    "cls_score",
+    "bbox_pred",
+    "centerness",
+    "labels",
+    "label_weights",
+    "bbox_targets",
+    "valid_label_mask",
 )
 
 
@@ -159,29 +172,16 @@ class ATSSCriterion(nn.Module):
         anchors, labels, label_weights, bbox_targets, valid_label_mask = constants(
             (anchors, labels, label_weights, bbox_targets, valid_label_mask), dtype
         )
-        check_levels(
-            self,
-            anchors=anchors,
-            cls_score=cls_score,
-            bbox_pred=bbox_pred,
-            centerness=centerness,
-            labels=labels,
-            label_weights=label_weights,
-            bbox_targets=bbox_targets,
-            valid_label_mask=valid_label_mask,
+        self._check(
+            anchors,
+            cls_score,
+            bbox_pred,
+            centerness,
+            labels,
+            label_weights,
+            bbox_targets,
+            valid_label_mask,
         )
-        n_images, places = check_labels(self, labels)
-        for level, rows in enumerate(
-            zip(labels, label_weights, anchors, bbox_targets, valid_label_mask, strict=True)
-        ):
-            self._check_rows(places[level], n_images, *rows)
-            check_maps(
-                places[level],
-                labels[level],
-                cls_score=(cls_score[level], self.cls_out_channels),
-                bbox_pred=(bbox_pred[level], 4),
-                centerness=(centerness[level], 1),
-            )
         place = f"{type(self).__name__}: avg_factor"
         avg_factor = as_divisor(place, avg_factor, dtype, labels[0].device)
         if enabled():
@@ -196,11 +196,11 @@ class ATSSCriterion(nn.Module):
                 valid_label_mask=valid_label_mask,
                 avg_factor=avg_factor,
             )
-        scores = tuple(as_rows(level, self.cls_out_channels) for level in cls_score)
-        codes = tuple(as_rows(level, 4) for level in bbox_pred)
-        logits = tuple(as_rows(level, 1).squeeze(-1) for level in centerness)
         terms = self._terms()
         if terms is None:
+            scores = [as_rows(level, self.cls_out_channels) for level in cls_score]
+            codes = [as_rows(level, 4) for level in bbox_pred]
+            logits = [as_rows(level, 1).squeeze(-1) for level in centerness]
             levels = [
                 (*level, dtype)
                 for level in zip(
@@ -218,28 +218,28 @@ class ATSSCriterion(nn.Module):
             return self._by_module([_Level(*level) for level in levels], avg_factor)
         masks: tuple[Tensor, ...] = ()
         if self._masks():
-            pairs = zip(valid_label_mask, scores, strict=True)
-            masks = tuple(mask.expand(x.shape) for mask, x in pairs)
-        divisor, number = divisor_of(avg_factor, scores[0].device)
-        losses = unbound(
-            dense(
-                scores,
-                tuple(map(as_indices, labels)),
-                (),
-                tuple(label_weights),
-                masks,
-                codes,
-                tuple(anchors),
-                tuple(bbox_targets),
-                logits,
-                divisor,
-                number=number,
-                by_iou=self.use_qfl,
-                background=float(self.bg_loss_weight),
-                **terms,
+            width = self.cls_out_channels
+            masks = tuple(
+                x if x.shape[-1] == width else x.expand(-1, -1, width) for x in valid_label_mask
             )
+        divisor, number = divisor_of(avg_factor, labels[0].device)
+        losses = dense.unbound(
+            as_given(cls_score, self.cls_out_channels),
+            tuple(map(as_indices, labels)),
+            (),
+            tuple(label_weights),
+            masks,
+            as_given(bbox_pred, 4),
+            tuple(anchors),
+            tuple(bbox_targets),
+            tuple([x.squeeze(-1) if x.dim() == 3 else x for x in as_given(centerness, 1)]),
+            divisor,
+            number=number,
+            by_iou=self.use_qfl,
+            background=float(self.bg_loss_weight),
+            **terms,
         )
-        n = len(scores)
+        n = len(labels)
         return {
             "loss_cls": losses[:n],
             "loss_bbox": losses[n : 2 * n],
@@ -332,6 +332,22 @@ class ATSSCriterion(nn.Module):
     def extra_repr(self) -> str:
         slots = {slot: is_ours(getattr(self, slot)) for slot in _SLOTS}
         return described(self, **slots, bbox_coder=is_our_coder(self.bbox_coder))
+
+    @once("cls_out_channels", "num_classes")
+    def _check(self, *levels: Any) -> None:
+        """Raise unless these arguments fit each other."""
+        check_levels(self, **dict(zip(_LEVELS, levels, strict=True)))
+        n_images, places = check_labels(self, levels[4])
+        for place, level in zip(places, zip(*levels, strict=True), strict=True):
+            anchors, scores, boxes, centres, labels, weights, targets, mask = level
+            self._check_rows(place, n_images, labels, weights, anchors, targets, mask)
+            check_maps(
+                place,
+                labels,
+                cls_score=(scores, self.cls_out_channels),
+                bbox_pred=(boxes, 4),
+                centerness=(centres, 1),
+            )
 
     def _check_rows(
         self,

@@ -123,6 +123,11 @@ def as_rows(x: Tensor, features: int) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(batch, height * width * channels // features, features)
 
 
+def as_given(levels: Sequence[Tensor], features: int) -> tuple[Tensor, ...]:
+    """Levels as fused ops take them: a map with one anchor per cell as it is, others as rows."""
+    return tuple([x if x.shape[1] == features else as_rows(x, features) for x in levels])
+
+
 def class_loss(
     module: nn.Module,
     scores: Tensor,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from detloss_triton.ops.dense import dense, is_object, joined
 from detloss_triton.precision import as_indices, at_least_float32
-from detloss_triton.reduction import rank_means, unbound
+from detloss_triton.reduction import rank_means
 from detloss_triton.settings import described
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
@@ -25,10 +25,11 @@ from detloss_triton.validate import (
     enabled,
 )
 
-from .arguments import constants, precision_of
+from .arguments import constants, once, precision_of
 from .levels import (
     BOX_TERMS,
     ONE,
+    as_given,
     as_rows,
     check_labels,
     check_levels,
@@ -39,6 +40,17 @@ from .levels import (
     of_positives,
     refuse_overrides,
     term_of,
+)
+
+# What `forward` takes of each level.
+_LEVELS = (
+    "cls_score",
+    "bbox_pred",
+    "labels",
+    "label_weights",
+    "bbox_targets",
+    "assign_metrics",
+    "stride",
 )
 
 
@@ -104,60 +116,41 @@ class RTMDetCriterion(nn.Module):
         labels, label_weights, bbox_targets, assign_metrics = constants(
             (labels, label_weights, bbox_targets, assign_metrics), dtype
         )
-        check_levels(
-            self,
-            cls_score=cls_score,
-            bbox_pred=bbox_pred,
-            labels=labels,
-            label_weights=label_weights,
-            bbox_targets=bbox_targets,
-            assign_metrics=assign_metrics,
-            stride=stride,
+        self._check(
+            cls_score, bbox_pred, labels, label_weights, bbox_targets, assign_metrics, stride
         )
-        n_images, places = check_labels(self, labels)
-        for level, rows in enumerate(
-            zip(labels, label_weights, bbox_targets, assign_metrics, stride, strict=True)
-        ):
-            self._check_rows(places[level], n_images, *rows)
-            check_maps(
-                places[level],
-                labels[level],
-                cls_score=(cls_score[level], self.cls_out_channels),
-                bbox_pred=(bbox_pred[level], 4),
-            )
         if enabled():
             self._check_values(
                 cls_score, bbox_pred, labels, label_weights, bbox_targets, assign_metrics
             )
-        scores = tuple(as_rows(level, self.cls_out_channels) for level in cls_score)
-        boxes = tuple(as_rows(level, 4) for level in bbox_pred)
         terms = self._terms()
         if terms is None:
+            scores = tuple(as_rows(level, self.cls_out_channels) for level in cls_score)
+            boxes = tuple(as_rows(level, 4) for level in bbox_pred)
             return self._by_module(
                 scores, boxes, labels, assign_metrics, label_weights, bbox_targets, dtype
             )
-        losses = unbound(
-            dense(
-                scores,
-                tuple(map(as_indices, labels)),
-                tuple(assign_metrics),
-                tuple(label_weights),
-                (),
-                boxes,
-                (),
-                tuple(bbox_targets),
-                (),
-                (),
-                number=1.0,
-                decode="",
-                decode_constants=(),
-                by_iou=False,
-                background=-1.0,
-                added=(0.0, 0.0),
-                **terms,
-            )
+        losses = dense.unbound(
+            as_given(cls_score, self.cls_out_channels),
+            tuple(map(as_indices, labels)),
+            tuple(assign_metrics),
+            tuple(label_weights),
+            (),
+            as_given(bbox_pred, 4),
+            (),
+            tuple(bbox_targets),
+            (),
+            (),
+            number=1.0,
+            decode="",
+            decode_constants=(),
+            by_iou=False,
+            background=-1.0,
+            added=(0.0, 0.0),
+            **terms,
         )
-        return {"loss_cls": losses[: len(scores)], "loss_bbox": losses[len(scores) :]}
+        n = len(labels)
+        return {"loss_cls": losses[:n], "loss_bbox": losses[n:]}
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -232,6 +225,16 @@ class RTMDetCriterion(nn.Module):
 
     def extra_repr(self) -> str:
         return described(self, loss_cls=is_ours(self.loss_cls), loss_bbox=is_ours(self.loss_bbox))
+
+    @once("cls_out_channels")
+    def _check(self, *levels: Any) -> None:
+        """Raise unless these arguments fit each other."""
+        check_levels(self, **dict(zip(_LEVELS, levels, strict=True)))
+        n_images, places = check_labels(self, levels[2])
+        for place, (scores, boxes, *rows) in zip(places, zip(*levels, strict=True), strict=True):
+            self._check_rows(place, n_images, *rows)
+            maps = {"cls_score": (scores, self.cls_out_channels), "bbox_pred": (boxes, 4)}
+            check_maps(place, rows[0], **maps)
 
     def _check_rows(
         self,

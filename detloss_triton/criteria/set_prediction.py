@@ -21,7 +21,7 @@ from detloss_triton.matchers import HungarianMatcher
 from detloss_triton.ops.queries import queries
 from detloss_triton.precision import arithmetic_dtype, as_values
 from detloss_triton.ranks import are_several
-from detloss_triton.reduction import rank_means, unbound
+from detloss_triton.reduction import rank_means
 from detloss_triton.settings import described
 from detloss_triton.shapes import check_counts, check_mapping, check_numbers, check_shapes
 from detloss_triton.targets import Targets, check_images, counts_of, pack, unpack, with_room
@@ -41,7 +41,7 @@ from detloss_triton.validate import (
 )
 from detloss_triton.warn import warn_once
 
-from .arguments import constants, precision_of
+from .arguments import constants, once, precision_of
 from .denoising import Positives, positives_of, prepared
 from .levels import has_hooks
 from .matches import map_of_indices
@@ -144,7 +144,7 @@ def named_losses(
     The weights name them; one that is a tensor is multiplied with behind the op.
     """
     factors = tuple(1.0 if isinstance(w, Tensor) else float(w) for w in weights.values())
-    found = unbound(op(*inputs, losses=" ".join(weights), factors=factors, **params))
+    found = op.unbound(*inputs, losses=" ".join(weights), factors=factors, **params)
     losses = {}
     for loss, (name, suffix) in zip(found, itertools.product(weights, suffixes), strict=True):
         weight = weights[name]
@@ -229,12 +229,12 @@ class SetCriterion(nn.Module):
     @property
     def class_loss(self) -> str:
         """The key of the classification loss; empty without one."""
-        return next((CLASS_LOSSES[x][0] for x in self.losses if x in CLASS_LOSSES), "")
+        return [*(CLASS_LOSSES[x][0] for x in self.losses if x in CLASS_LOSSES), ""][0]
 
     @property
     def formula(self) -> str:
         """Of the classification loss, in the op `queries`."""
-        return next((CLASS_LOSSES[x][1] for x in self.losses if x in CLASS_LOSSES), "varifocal")
+        return [*(CLASS_LOSSES[x][1] for x in self.losses if x in CLASS_LOSSES), "varifocal"][0]
 
     @property
     def loss_names(self) -> tuple[str, ...]:
@@ -511,11 +511,21 @@ class SetCriterion(nn.Module):
         Raises:
             TypeError, ValueError: for a missing entry or a wrong shape; they name layer and entry.
         """
+        every = [
+            [(suffix, [output.get(key) for key in self.entries]) for suffix, output in layers]
+            for layers in (main, denoising)
+        ]
+        self._check_entries(*every)
+
+    @once("num_classes", "formula", "entries", "reg_max")
+    def _check_entries(self, main: Any, denoising: Any) -> None:
+        """As `_check_shapes`, of (suffix, values of the `entries`)."""
         name = type(self).__name__
         arguments: dict[str, tuple[Tensor, tuple[str | int, ...]]] = {}
-        named = [(self._queries(suffix), suffix, output) for suffix, output in main]
-        named += [("denoising Q", suffix, output) for suffix, output in denoising]
-        for n_queries, suffix, output in named:
+        named = [(self._queries(suffix), suffix, values) for suffix, values in main]
+        named += [("denoising Q", suffix, values) for suffix, values in denoising]
+        for n_queries, suffix, values in named:
+            output = dict(zip(self.entries, values, strict=True))
             widths = self._widths(output)
             for key in widths:
                 if output.get(key) is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from detloss_triton.ops.dense import is_object
 from detloss_triton.ops.mined import mined
 from detloss_triton.precision import as_indices
-from detloss_triton.reduction import as_divisor, unbound
+from detloss_triton.reduction import as_divisor
 from detloss_triton.settings import described
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
@@ -148,7 +148,7 @@ class SSDCriterion(nn.Module):
             codes = self._decoded(anchors, codes)
         name, decode_constants = decode or ("", ())
         by, number = divisor_of(norm, scores.device)
-        losses = mined(
+        losses = mined.unbound(
             (scores,),
             (as_indices(label),),
             (weights,),
@@ -162,9 +162,9 @@ class SSDCriterion(nn.Module):
             beta=self.smoothl1_beta,
             decode=name,
             decode_constants=decode_constants,
+            n_rows=len(scores),
         )
-        each, n = unbound(losses.unsqueeze(1)), len(scores)
-        return {"loss_cls": each[:n], "loss_bbox": [loss.squeeze(0) for loss in each[n:]]}
+        return {"loss_cls": losses[: len(scores)], "loss_bbox": losses[len(scores) :]}
 
     if TYPE_CHECKING:
         __call__ = forward

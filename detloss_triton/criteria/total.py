@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,17 +24,19 @@ def sum_losses(losses: Mapping[str, Any]) -> Tensor:
     Raises:
         ValueError: if there is nothing to sum.
     """
-    terms = list(_flat([value for name, value in losses.items() if name != "total_loss"]))
+    terms = _flat([value for name, value in losses.items() if name != "total_loss"])
     if not terms:
         raise ValueError("losses holds no tensor to sum")
     if all(term.numel() == 1 for term in terms):
-        return total(tuple(terms)).squeeze(0)
+        return total.unbound(tuple(terms))[0]
     return torch.cat([term.reshape(-1) for term in terms]).sum()
 
 
-def _flat(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    else:
-        for value in values.values() if isinstance(values, Mapping) else values:
-            yield from _flat(value)
+def _flat(values: Any) -> list[Tensor]:
+    terms: list[Tensor] = []
+    for value in values.values() if isinstance(values, Mapping) else values:
+        if isinstance(value, Tensor):
+            terms.append(value)
+        else:
+            terms += _flat(value)
+    return terms

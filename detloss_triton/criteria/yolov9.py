@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from detloss_triton.engine import unbound
 from detloss_triton.losses import BCELoss, BoxLoss, DFLoss
 from detloss_triton.matchers import BoxMatcher
 from detloss_triton.ops.aligned import aligned, class_norm
 from detloss_triton.ops.regression import Rules, check_rules
-from detloss_triton.reduction import unbound
 from detloss_triton.settings import described
 from detloss_triton.shapes import check_shapes
 from detloss_triton.targets import room
@@ -27,7 +27,7 @@ from detloss_triton.vec2box import (
     why_no_fit,
 )
 
-from .arguments import constants, precision_of
+from .arguments import constants, once, precision_of
 from .levels import has_hooks
 
 
@@ -142,8 +142,11 @@ class YOLOv9Criterion(nn.Module):
         self.follow_vec2box()
         self._check_parts()
         names = ("main_preds", "aux_preds")[: len(heads)]
+        # Another module in the slot has bins of its own.
+        plain = _is_plain(self.loss_dfl, DFLoss, "forward")
+        anchors = self.vec2box.strides, self._map_sizes, self.loss_dfl.reg_max if plain else "bins"
         for name, head in zip(names, heads, strict=True):
-            self._check_head(name, head, len(targets))
+            self._check_head(name, head, len(targets), self._anchors, *anchors)
         self._check_shapes(targets=(targets, ("B", "T", 5)))
         if enabled():
             check(
@@ -234,9 +237,18 @@ class YOLOv9Criterion(nn.Module):
         anchors = {"vec2box.anchor_grid": (self._anchors, ("A", 2))}
         check_shapes(type(self).__name__, **anchors, **arguments)
 
-    def _check_head(self, name: str, head: Sequence[Level], n_images: int) -> None:
-        name = f"{type(self).__name__}: {name}"
-        strides, device = self.vec2box.strides, self._anchors.device
+    @once("num_classes")
+    def _check_head(
+        self,
+        name: str,
+        head: Sequence[Level],
+        n_images: int,
+        anchors: Tensor,
+        strides: Sequence[int],
+        map_sizes: Sequence[tuple[int, int]] | None,
+        bins: int | str,
+    ) -> None:
+        name, device = f"{type(self).__name__}: {name}", anchors.device
         if not isinstance(head, (tuple, list)):
             raise TypeError(f"{name} must be a list with an entry per level, got {type(head)}")
         if len(head) != len(strides):
@@ -244,10 +256,6 @@ class YOLOv9Criterion(nn.Module):
                 f"{name} must have an entry per level, got {len(head) or 'none'} for strides "
                 f"{list(strides)} of vec2box"
             )
-        # Another module in the slot has bins of its own.
-        bins: str | int = "bins"
-        if _is_plain(self.loss_dfl, DFLoss, "forward"):
-            bins = self.loss_dfl.reg_max
         for i, level in enumerate(head):
             place = f"{name}, level {i}"
             if not isinstance(level, (tuple, list)) or len(level) != 3:
@@ -267,19 +275,19 @@ class YOLOv9Criterion(nn.Module):
                     "vec2box.update(image_size, device)"
                 )
         sizes = [(boxes.shape[2], boxes.shape[3]) for _, _, boxes in head]
-        if self._map_sizes is None:
+        if map_sizes is None:
             n_anchors = sum(height * width for height, width in sizes)
-            if n_anchors != len(self._anchors):
+            if n_anchors != len(anchors):
                 raise ValueError(
-                    f"{name} must have the {len(self._anchors)} anchors of vec2box, got "
+                    f"{name} must have the {len(anchors)} anchors of vec2box, got "
                     f"{n_anchors} on levels of (h, w) = {sizes}"
                 )
             return
-        for i, (size, expected) in enumerate(zip(sizes, self._map_sizes, strict=True)):
+        for i, (size, expected) in enumerate(zip(sizes, map_sizes, strict=True)):
             if size != expected:
                 raise ValueError(
                     f"{name}, level {i} must have (h, w) = {expected} at stride {strides[i]}, got "
-                    f"{size}: {why_no_fit(self.vec2box, sizes, self._map_sizes)}"
+                    f"{size}: {why_no_fit(self.vec2box, sizes, map_sizes)}"
                 )
 
     def _rates(self) -> tuple[float, float, float]:
@@ -288,15 +296,14 @@ class YOLOv9Criterion(nn.Module):
     def _fused(self, heads: Sequence[Sequence[Level]], targets: Tensor) -> Tensor:
         """Classification, distribution and box losses, (3, heads). Heads are matched at once."""
         levels = [level for head in heads for level in head]
-        logits, distributions, distances = (
-            tuple(part.flatten(-2) for part in parts) for parts in zip(*levels, strict=True)
-        )
+        logits, distributions, distances = zip(*levels, strict=True)
         anchors = self.vec2box.anchor_grid, self.vec2box.scaler
-        target, score = self.matcher.align(logits, distances, anchors, targets, len(heads))
+        cells = ([x.detach().flatten(2) for x in part] for part in (logits, distances))
+        target, score = self.matcher.align(*cells, anchors, targets, len(heads))
         losses = aligned(
-            tuple(level.transpose(1, 2) for level in logits),
-            tuple(level.permute(0, 3, 2, 1) for level in distributions),
-            tuple(level.transpose(1, 2) for level in distances),
+            logits,
+            distributions,
+            distances,
             (target,),
             (score,),
             anchors,

@@ -11,7 +11,7 @@ from detloss_triton.losses import CrossEntropyLoss, IoULoss, L1Loss
 from detloss_triton.ops.positives import positives
 from detloss_triton.ops.selection import first_set
 from detloss_triton.precision import at_least_float32
-from detloss_triton.reduction import as_divisor, unbound
+from detloss_triton.reduction import as_divisor
 from detloss_triton.settings import described
 from detloss_triton.shapes import check_shapes
 from detloss_triton.targets import room
@@ -153,7 +153,7 @@ class YOLOXCriterion(nn.Module):
         terms = self._terms()
         if terms is not None:
             by, number = divisor_of(norm, flatten_objectness.device)
-            losses = positives(
+            losses = positives.unbound(
                 (flatten_objectness,),
                 (flatten_cls_preds,),
                 (flatten_bboxes,),
@@ -168,7 +168,7 @@ class YOLOXCriterion(nn.Module):
                 **terms,
             )
             names = ("loss_cls", "loss_bbox", "loss_obj", "loss_l1")
-            return dict(zip(names, unbound(losses), strict=False))
+            return dict(zip(names, losses, strict=False))
         index = first_set(pos_masks, n=n_positive)
         found = index < n_rows
         index = index.masked_fill(~found, 0)

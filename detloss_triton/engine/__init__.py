@@ -15,7 +15,7 @@ dimensions; or (`row_map`) to a few values each, which are returned. The registr
 """
 
 from .cpu import slices
-from .dispatch import DirectOp, FusedOp, RowOp, direct, fused_op, row_loss, row_map
+from .dispatch import DirectOp, FusedOp, RowOp, direct, fused_op, row_loss, row_map, unbound
 from .formula import (
     REGISTRY,
     TOLERANCE,
@@ -25,7 +25,9 @@ from .formula import (
     Given,
     Input,
     Sample,
+    as_rows,
     mapped,
+    row_shape,
     tensors_of,
 )
 from .fused import (
@@ -68,6 +70,7 @@ __all__ = [
     "Sum",
     "Tensors",
     "Tile",
+    "as_rows",
     "direct",
     "fused_op",
     "host_sees",
@@ -76,6 +79,8 @@ __all__ = [
     "power_of_2",
     "row_loss",
     "row_map",
+    "row_shape",
     "slices",
     "tensors_of",
+    "unbound",
 ]

@@ -8,14 +8,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from detloss_triton import backend
-from detloss_triton.precision import as_indices, as_values
+from detloss_triton.precision import READABLE, as_indices, as_values
 
 from . import cpu, fused, gpu, graph, modes, traced
 from .formula import (
@@ -29,6 +29,7 @@ from .formula import (
     RowFormula,
     Sample,
     is_differentiated,
+    is_walkable,
     mapped,
     tensors_of,
 )
@@ -71,6 +72,7 @@ class RowOp(RowFormula):
         call = Call(self, tuple(params.items()), len(rows) if self.values else keep, rows)
         first = inputs[0]
         assert first is not None
+        _check_devices(self, first, inputs)
         chosen = _chosen(self, first, inputs)
         if chosen == "torch":
             if modes.is_transformed() or not backend.is_cpu(first.device):
@@ -89,7 +91,9 @@ class RowOp(RowFormula):
 
 
 class _Evaluated(torch.autograd.Function):
-    """Saves the inputs, and the gradients where forward found them: the first backward takes those,
+    """Of a call and its tensors the result, or its entries where they are asked for `apart`.
+
+    Saves the inputs, and the gradients where forward found them: the first backward takes those,
     and a second one finds them anew. What a fused op found is one tensor, and kept. A backward that
     is to be differentiated, or is over a batch of upstream gradients, is autograd's.
     """
@@ -97,19 +101,26 @@ class _Evaluated(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, call: Any, evaluator: Any, weight: Tensor | None, *inputs: Tensor | None
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, ...]:
         ctx.call, ctx.evaluator = call, evaluator
         out, found = evaluator.forward(call, weight, inputs, ctx.needs_input_grad[3:])
         is_kept = isinstance(found, Tensor)
         ctx.found = None if is_kept else found
         ctx.save_for_backward(found if is_kept else None, weight, *inputs)
-        return out
+        # Split here, all losses are of one node of autograd's, which does not see a view of them.
+        ctx.is_apart = call.apart is not None and len(out) > 0
+        return tuple(unbound(out, call.apart, Tensor.squeeze_)) if ctx.is_apart else out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
         kept, weight, *inputs = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
         again = torch.is_grad_enabled() and not modes.is_compiling()
+        dout = douts[0].view(1) if ctx.is_apart else douts[0]
+        if len(douts) > 1:
+            dout = torch.stack(
+                [x.view(()) if x.dim() else x for x in douts] if ctx.call.apart else douts
+            )
         if again or modes.is_transformed(dout):
             leaves = [x for x, want in zip(inputs, wanted, strict=True) if want]
             with torch.enable_grad():
@@ -141,16 +152,19 @@ class DirectOp(Formula):
         return super().triton(graph.as_operator(self, launcher))
 
     def __call__(self, *inputs: Given, **params: Any) -> Any:
-        tensors = list(tensors_of(inputs))
+        tensors = tensors_of(inputs)
         run = self.operator or self._on_torch
+        _check_devices(self, tensors[0], tensors)
         if self.launcher and _chosen(self, tensors[0], tensors) == "triton":
             run = self.launcher
+        if any(x.requires_grad for x in tensors):
+            inputs = mapped(Tensor.detach, inputs)
         names = self.parameters[len(inputs) :]
         with torch.no_grad():
-            return run(*mapped(Tensor.detach, inputs), *(params[name] for name in names))
+            return run(*inputs, *[params[name] for name in names])
 
     def _on_torch(self, *arguments: Any) -> Any:
-        first = next(tensors_of(arguments))
+        first = tensors_of(arguments)[0]
         if self.cpu_form is not None and modes.host_sees(first.device):
             return self.cpu_form(*arguments)
         return self.reference(*arguments)
@@ -166,16 +180,33 @@ class FusedOp(FusedFormula):
         return launcher
 
     def __call__(self, *inputs: tuple[Tensor, ...], **params: Any) -> Tensor:
-        first = next(x for given in inputs for x in given)
-        inputs = tuple(
-            tuple(as_values(_placed(x, first.device)) for x in given) for given in inputs
-        )
-        tensors = tuple(x for given in inputs for x in given)
+        out: Tensor = self._evaluated(inputs, params)
+        return out
+
+    def unbound(self, *inputs: tuple[Tensor, ...], n_rows: int = 0, **params: Any) -> list[Tensor]:
+        """The losses one by one, the first `n_rows` as (1,): each may be modified in place."""
+        out = self._evaluated(inputs, params, None if modes.is_compiling() else n_rows)
+        return unbound(out, n_rows) if isinstance(out, Tensor) else list(out)
+
+    def _evaluated(
+        self,
+        inputs: tuple[tuple[Tensor, ...], ...],
+        params: dict[str, Any],
+        apart: int | None = None,
+    ) -> Any:
+        tensors = tuple([x for given in inputs for x in given])
+        device = tensors[0].device
+        if any(x.dtype not in READABLE or x.device != device for x in tensors):
+            inputs = tuple(tuple(as_values(_placed(x, device)) for x in given) for given in inputs)
+            tensors = tuple(x for given in inputs for x in given)
+            _check_devices(self, tensors[0], tensors)
         traced = modes.is_compiling() and not self.in_graphs
         if traced or _chosen(self, tensors[0], tensors) == "torch":
-            out: Tensor = self.reference(*inputs, **params)
-            return out
-        call = FusedCall(self, params, tuple(map(len, inputs)))
+            return self.reference(*self.rows(inputs), **params)
+        if any(self.dims):
+            inputs = self.rows(inputs, None if modes.is_compiling() else is_walkable)
+            tensors = tuple([x for given in inputs for x in given])
+        call = FusedCall(self, params, tuple(map(len, inputs)), apart)
         if modes.is_compiling():
             tensors = _apart(tensors)
         evaluator: Any = graph.of_fused if modes.is_compiling() else fused
@@ -183,6 +214,21 @@ class FusedOp(FusedFormula):
             out, _ = evaluator.forward(call, None, tensors, [False] * len(tensors))
             return out
         return _Evaluated.apply(call, evaluator, None, *tensors)
+
+
+def unbound(
+    x: Tensor, n_rows: int = 0, squeeze: Callable[[Tensor, int], Tensor] = Tensor.squeeze
+) -> list[Tensor]:
+    """The entries of x along its first dimension, each of which may be modified in place; the first
+    `n_rows` keep that dimension.
+
+    They take over the memory of x, which nothing else may use any more, so pass a result that was
+    made for this: of `value * factor`, autograd keeps `value`.
+    """
+    # Autograd refuses to modify one of several views, of which these make a secret; a copy of each
+    # would be a launch of each, and so would the backward of each `x[i]`.
+    entries = x.unsafe_split(1) if len(x) else ()
+    return [*entries[:n_rows], *(squeeze(entry, 0) for entry in entries[n_rows:])]
 
 
 def _placed(x: Tensor, device: torch.device) -> Tensor:
@@ -199,27 +245,32 @@ def _apart(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(out)
 
 
+def _check_devices(op: Formula, first: Tensor, inputs: Sequence[Tensor | None]) -> None:
+    """Raise ValueError for tensors on several devices: a kernel would read unmapped memory."""
+    device = first.device
+    for x in inputs:
+        if x is not None and x.device != device:
+            raise ValueError(
+                f"{op.name}: all tensors must be on one device, got {device} and {x.device}"
+            )
+
+
 def _chosen(op: Formula, first: Tensor, inputs: Sequence[Tensor | None]) -> str:
     """The backend to run on; "auto" takes torch for what is beyond the kernel, and warns.
 
     Raises:
         RuntimeError: where "triton" was asked for and cannot run.
-        ValueError: for tensors on several devices, of which a kernel would read unmapped memory.
     """
-    for x in inputs:
-        if x is not None and x.device != first.device:
-            raise ValueError(
-                f"{op.name}: all tensors must be on one device, got {first.device} and {x.device}"
-            )
-    dtypes = [x.dtype for x in inputs if x is not None]
+    device = first.device
+    dtypes = {x.dtype for x in inputs if x is not None}
     hindrance = _TRANSFORMED if modes.is_transformed() else ""
-    chosen = backend.choose(first.device, dtypes, hindrance)
+    chosen = backend.choose(device, dtypes, hindrance)
     reason = op.beyond(*inputs) if chosen == "triton" else ""
     if not reason:
         return chosen
     if not backend.is_auto():
         raise RuntimeError(f"backend 'triton' was requested but cannot run: {reason}")
-    backend.warn_of_torch(first.device, f"{op.name}: {reason}", kind=op.name)
+    backend.warn_of_torch(device, f"{op.name}: {reason}", kind=op.name)
     return "torch"
 
 
@@ -257,14 +308,15 @@ def fused_op(
     gradients: tuple[str, ...],
     samples: Callable[..., Iterator[Sample]],
     in_graphs: bool = True,
+    maps: Mapping[str, int] | None = None,
 ) -> Callable[[Callable[..., Tensor]], FusedOp]:
     """Declare the decorated torch reference, made of small ops, as one that has its own kernels.
 
     Its inputs, tuples of tensors, come first. A kernel takes `levels` of them level by level; the
     `gradients` of some are defined. Unless it is to be called `in_graphs`, a compiler fuses the
-    reference.
+    reference. Some may be given as `maps`, for which see `FusedFormula`.
     """
-    return lambda reference: FusedOp(reference, samples, levels, gradients, in_graphs)
+    return lambda reference: FusedOp(reference, samples, levels, gradients, in_graphs, maps)
 
 
 def direct(

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,13 +36,11 @@ def mapped(change: Callable[[Tensor], Any], given: Given) -> Any:
     return None if given is None else change(given)
 
 
-def tensors_of(given: Given) -> Iterator[Tensor]:
+def tensors_of(given: Given) -> list[Tensor]:
     # An operator of a graph is handed a list where a tuple was.
     if isinstance(given, (tuple, list)):
-        for x in given:
-            yield from tensors_of(x)
-    elif given is not None:
-        yield given
+        return [y for x in given for y in ([x] if isinstance(x, Tensor) else tensors_of(x))]
+    return [] if given is None else [given]
 
 
 def is_differentiated(inputs: Inputs) -> bool:
@@ -253,6 +251,40 @@ class RowFormula(Formula):
         return rows
 
 
+def as_rows(x: Tensor, dim: int) -> Tensor:
+    """A map (N, features..., H, W) as a view (N, H * W, ...features) of `dim` dimensions, their
+    order reversed; what has so many is not a map."""
+    if x.dim() == dim:
+        return x
+    cells = x.flatten(-2)
+    rows = cells.permute(0, *range(cells.dim() - 1, 0, -1))
+    return rows if rows.dim() == dim else rows.squeeze(-1)
+
+
+def is_walkable(x: Tensor) -> bool:
+    """Whether one stride goes from cell to cell of a map, and of what is allocated like it."""
+    *_, row, cell = x.stride()
+    is_dense = x.is_contiguous() or (
+        x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    )
+    return is_dense and row == cell * x.shape[-1]
+
+
+def row_shape(x: Tensor, dim: int) -> tuple[int, ...]:
+    """The shape of `as_rows(x, dim)`."""
+    if x.dim() == dim:
+        return tuple(x.shape)
+    image, *features, height, width = x.shape
+    return (image, height * width, *features[::-1])[:dim]
+
+
+def _row_strides(x: Tensor, dim: int) -> tuple[int, ...]:
+    if not dim or x.dim() == dim:
+        return x.stride()
+    image, *features, _, cell = x.stride()
+    return (image, cell, *features[::-1])[:dim]
+
+
 class FusedFormula(Formula):
     """Losses of many tensors at once, a whole criterion's: a reference made of small ops.
 
@@ -261,6 +293,8 @@ class FusedFormula(Formula):
             layer): as many of each, or none.
         gradients: those of them that have gradients.
         in_graphs: whether a compiled graph calls the kernels, or fuses the reference.
+        maps: inputs that may be given as maps, see `as_rows`, with the dimensions of their rows. A
+            kernel walks a map where it lies, which saves autograd the views.
     """
 
     def __init__(
@@ -270,6 +304,7 @@ class FusedFormula(Formula):
         levels: tuple[str, ...],
         gradients: tuple[str, ...],
         in_graphs: bool = True,
+        maps: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__(reference, samples)
         annotations = inspect.signature(reference).parameters.values()
@@ -278,6 +313,16 @@ class FusedFormula(Formula):
         self.of_levels = [self.inputs.index(name) for name in levels]
         self.of_gradients = [self.inputs.index(name) for name in gradients]
         self.in_graphs = in_graphs
+        self.dims = [(maps or {}).get(name, 0) for name in self.inputs]
+
+    def rows(
+        self, inputs: Sequence[tuple[Tensor, ...]], is_kept: Callable[[Tensor], bool] | None = None
+    ) -> tuple[tuple[Tensor, ...], ...]:
+        """The inputs, maps as rows; but for those that are to be kept."""
+        return tuple(
+            tuple(x if is_kept and is_kept(x) else as_rows(x, dim) for x in given) if dim else given
+            for given, dim in zip(inputs, self.dims, strict=True)
+        )
 
     @property
     def differentiable(self) -> tuple[bool, ...]:
@@ -289,14 +334,24 @@ class FusedCall:
 
     Args:
         counts: how many tensors each input has.
+        apart: of losses that are asked for one by one, how many are to have a dimension.
     """
 
-    def __init__(self, op: FusedFormula, params: dict[str, Any], counts: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        op: FusedFormula,
+        params: dict[str, Any],
+        counts: tuple[int, ...],
+        apart: int | None = None,
+    ) -> None:
         self.op = op
         self.params = params
+        self.apart = apart
         ends = tuple(itertools.accumulate(counts))
         self.of_input = [slice(end - n, end) for end, n in zip(ends, counts, strict=True)]
         self._passes: Any = None
+        # Of all tensors, the same in both passes.
+        self._strides: list[tuple[int, ...]] | None = None
 
     def inputs(self, tensors: Sequence[Any]) -> list[tuple[Any, ...]]:
         """What is given of each tensor, by inputs."""
@@ -311,19 +366,25 @@ class FusedCall:
 
     def whole(self, weight: None, *tensors: Tensor) -> Tensor:
         """The losses by the reference."""
-        out: Tensor = self.op.reference(*self.inputs(tensors), **self.params)
+        out: Tensor = self.op.reference(*self.op.rows(self.inputs(tensors)), **self.params)
         return out
 
     def levels(
         self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]
     ) -> tuple[tuple[Any, ...], ...]:
         """Of each level the inputs, then the gradients wanted: (tensor, strides...) or None."""
-        columns: list[Sequence[Tensor | None]]
-        columns = [tensors[self.of_input[i]] for i in self.op.of_levels]
-        columns += [gradients[self.of_input[i]] for i in self.op.of_gradients]
-        none: list[Tensor | None] = [None] * max(map(len, columns))
-        strided = [[x if x is None else (x, *x.stride()) for x in c or none] for c in columns]
-        return tuple(zip(*strided, strict=True))
+        parts, dims = self.of_input, self.op.dims
+        if self._strides is None:
+            pairs = zip(parts, dims, strict=True)
+            self._strides = [_row_strides(x, dim) for part, dim in pairs for x in tensors[part]]
+        strided = [(x, *strides) for x, strides in zip(tensors, self._strides, strict=True)]
+        columns: list[Sequence[Any]] = [strided[parts[i]] for i in self.op.of_levels]
+        columns += [
+            [x if x is None else (x, *_row_strides(x, dims[i])) for x in gradients[parts[i]]]
+            for i in self.op.of_gradients
+        ]
+        none = [None] * max(map(len, columns))
+        return tuple(zip(*[column or none for column in columns], strict=True))
 
 
 @dataclass(frozen=True)
@@ -332,6 +393,8 @@ class Call:
 
     Losses are weighted, and summed but for the leading `keep` dimensions of the `rows`.
     """
+
+    apart: ClassVar[None] = None
 
     op: RowFormula
     params: tuple[tuple[str, Any], ...]

@@ -58,7 +58,7 @@ class Passes(Protocol):
     ) -> Gradients: ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """Losses of segments (levels, layers or images), each a weighted sum over its programs.
 
@@ -202,8 +202,12 @@ class Sum:
         found: Tensor,
     ) -> Gradients:
         one = dout.view(())
+        made: dict[Any, Tensor] = {(one.dtype, one.shape): one}
+        for x in tensors:
+            if (x.dtype, x.shape) not in made:
+                made[x.dtype, x.shape] = one.to(x.dtype).expand(x.shape)
         pairs = zip(tensors, wanted, strict=True)
-        return [one.to(x.dtype).expand(x.shape) if w else None for x, w in pairs]
+        return [made[x.dtype, x.shape] if want else None for x, want in pairs]
 
 
 def forward(

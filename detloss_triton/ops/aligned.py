@@ -18,6 +18,7 @@ from detloss_triton.engine import (
     Sample,
     fused_op,
     power_of_2,
+    row_shape,
 )
 from detloss_triton.precision import arithmetic_dtype, at_least_float32
 
@@ -77,6 +78,7 @@ def _samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
     levels=("logits", "distributions", "distances"),
     gradients=("logits", "distributions", "distances"),
     samples=_samples,
+    maps={"logits": 3, "distributions": 4, "distances": 3},
 )
 def aligned(
     logits: tuple[Tensor, ...],
@@ -107,7 +109,8 @@ def aligned(
 
     Shapes:
         logits (B, n, C), distributions (B, n, 4, bins) and distances (B, n, 4) of each level, head
-            after head, n anchors with a sum of A over a head. Distances are ltrb in strides.
+            after head, n anchors with a sum of A over a head; or the maps (B, C, h, w),
+        (B, bins, 4, h, w) and (B, 4, h, w). Distances are ltrb in strides.
         target, score: one (heads * B, A) each.
         anchors: centres (A, 2) and strides (A,) in pixels.
         targets: one (B, T, 5) of rows [class, x1, y1, x2, y2] in pixels, T > 0.
@@ -216,7 +219,9 @@ def _at(levels: Sequence[Tensor], index: Tensor) -> Tensor:
 
 @aligned.limited
 def _(*tensors: Tensor | None) -> str:
-    bins = max([0, *(x.shape[-1] for x in tensors if x is not None and x.dim() == 4)])
+    # Of those with features of two dimensions.
+    widest = max(x.dim() for x in tensors if x is not None)
+    bins = max(row_shape(x, 4)[3] for x in tensors if x is not None and x.dim() == widest)
     return f"distributions may have up to {MAX_BINS} bins, got {bins}" if bins > MAX_BINS else ""
 
 
@@ -235,8 +240,8 @@ def _(
     rules: str,
 ) -> Plan:
     n_levels, n_images = len(logits) // heads, len(logits[0])
-    sizes, n_classes = tuple(level.shape[1] for level in logits), logits[0].shape[2]
-    n_bins = distributions[0].shape[3]
+    sizes = tuple(row_shape(level, 3)[1] for level in logits)
+    n_classes, n_bins = row_shape(logits[0], 3)[2], row_shape(distributions[0], 4)[3]
     columns, bins = min(power_of_2(n_classes), _COLUMNS), power_of_2(n_bins)
     # An eighth of a tile in one warp takes 80 to 90 registers; more rows spill on some GPUs.
     rows = max(TILE // 8 // max(columns, bins, _COLUMNS), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,17 @@ from torch import Tensor
 
 from detloss_triton.backend import kernels
 from detloss_triton.boxes import centerness
-from detloss_triton.engine import DIVISOR, REGISTRY, SUM, TILE, Plan, Sample, fused_op, power_of_2
+from detloss_triton.engine import (
+    DIVISOR,
+    REGISTRY,
+    SUM,
+    TILE,
+    Plan,
+    Sample,
+    fused_op,
+    power_of_2,
+    row_shape,
+)
 from detloss_triton.precision import arithmetic_dtype
 from detloss_triton.ranks import mean_over_ranks
 
@@ -30,18 +41,22 @@ def is_object(labels: Tensor, num_classes: int) -> Tensor:
     return (labels >= 0) & (labels < num_classes)
 
 
-def box_op(name: str, constants: Sequence[float]) -> tuple[Any, dict[str, Any]]:
-    """The op of a box loss and its parameters; "iou_loss" is named with its mode behind it."""
+def row_op(name: str, constants: Sequence[float]) -> tuple[Any, dict[str, Any]]:
+    """The op of a loss of classes or boxes and its parameters; "iou_loss" is named with its mode
+    behind it."""
     name, _, mode = name.partition(" ")
     op: Any = REGISTRY[name]
     params = [mode, *constants] if mode else constants
-    return op, dict(zip(op.parameters[2:], params, strict=True))
+    return op, dict(zip(op.parameters[len(op.inputs) :], params, strict=True))
 
 
-def class_op(name: str, constants: Sequence[float]) -> tuple[Any, dict[str, Any]]:
-    """The op of a class loss and its parameters."""
-    op: Any = REGISTRY[name]
-    return op, dict(zip(op.parameters[4:], constants, strict=True))
+@functools.lru_cache(64, typed=True)
+def loss_of(name: str, *constants: float) -> tuple[Any, ...]:
+    """What kernels call such a loss."""
+    op, params = row_op(name, constants)
+    inputs = [torch.empty(0, 4)] * len(op.inputs)
+    loss: tuple[Any, ...] = op.launcher(*inputs, **params).constants["LOSS"]
+    return loss
 
 
 def _samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
@@ -127,6 +142,7 @@ _DECODE = (0.0, 0.1, 0.0, 0.0, 0.1, 0.1, 0.2, 0.2, 4.135, 0.0)
     ),
     gradients=("scores", "codes", "logits"),
     samples=_samples,
+    maps={"scores": 3, "codes": 3, "logits": 2},
 )
 def dense(
     scores: tuple[Tensor, ...],
@@ -162,7 +178,7 @@ def dense(
         scores (N, n, C) logits; labels (N, n) in [0, C), else background; quality (N, n) targets of
         the labels, 1 if (); weights (N, n) of classes; masks (N, n, C) factors of entries, or ();
         codes (N, n, 4); anchors (N, n, 4) xyxy, () where codes are boxes; targets (N, n, 4);
-        logits (N, n) of centerness, or ().
+        logits (N, n) of centerness, or (). Scores, codes, logits also as maps (N, features, H, W).
 
     Args:
         divisor: a tensor of one number, or () for `number`.
@@ -204,7 +220,7 @@ def dense(
             metric = 1 - missed
     # Weights are normalised, not losses: gradients are then right as they are found.
     weight = weight * factors[0] / (by + added[0])
-    op, params = class_op(classes, class_constants)
+    op, params = row_op(classes, class_constants)
     none = [None] * len(sizes)
     levels = zip(
         scores,
@@ -215,7 +231,7 @@ def dense(
         strict=True,
     )
     out = [op(*level, weight=w, **params) for *level, w in levels]
-    op, params = box_op(boxes, box_constants)
+    op, params = row_op(boxes, box_constants)
     weight = of_boxes * (factors[1] / (box_norm.clamp(min=1) + added[1]))
     each = op(box, target, weight=weight, keep=2, **params)
     out += [level.sum() for level in each.split(sizes, 1)]
@@ -272,14 +288,10 @@ def _(
     factors: tuple[float, ...],
     added: tuple[float, ...],
 ) -> Plan:
-    sizes, n_classes = tuple(level.shape[1] for level in scores), scores[0].shape[-1]
+    sizes, n_classes = tuple(level.shape[1] for level in labels), row_shape(scores[0], 3)[2]
     columns = min(power_of_2(n_classes), 16)
     # Half a tile and two warps: a whole one spills, where boxes are decoded and centred.
     rows = TILE // 2 // columns
-    class_loss, params = class_op(classes, class_constants)
-    class_constexpr = class_loss.launcher(scores[0], None, None, None, **params).constants["LOSS"]
-    box_loss, params = box_op(boxes, box_constants)
-    box_constexpr = box_loss.launcher(codes[0], targets[0], **params).constants["LOSS"]
     kinds = (DIVISOR, SUM, DIVISOR) if logits else (SUM, SUM)
     rows_of_sums = (0, 3, 0) if logits else (2, 3)
     terms = tuple(
@@ -298,8 +310,8 @@ def _(
             "sizes": sizes,
             "n_images": len(scores[0]),
             "n_classes": n_classes,
-            "CLASSES": class_constexpr,
-            "BOXES": box_constexpr,
+            "CLASSES": loss_of(classes, *class_constants),
+            "BOXES": loss_of(boxes, *box_constants),
             "CODE": (decode, *map(float, decode_constants)),
             "CENTRED": bool(logits),
             "BACKGROUND": float(background),

@@ -145,7 +145,7 @@ def _as_background(score: Tensor) -> Tensor:
 mined.limited(distribution.two_bin.beyond)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Passes:
     """Rows, then images; backward is rows alone, which know what images have mined."""
 

@@ -23,7 +23,7 @@ from detloss_triton.engine import (
 from detloss_triton.precision import arithmetic_dtype
 
 from . import classification, regression
-from .dense import box_op
+from .dense import loss_of, row_op
 from .selection import first_set
 
 # Counts that a program adds at a time.
@@ -128,7 +128,7 @@ def positives(
         loss: Tensor = classification.binary_cross_entropy(*entries, weight=kept)
         return loss
 
-    op, params = box_op(box, box_constants)
+    op, params = row_op(box, box_constants)
     out = [
         # Targets without an anchor have got the first, whatever it holds.
         cross_entropy(rows(classes[0]).masked_fill(~found.unsqueeze(-1), 0), of_classes[0], weight),
@@ -191,7 +191,6 @@ def _(
     columns = min(power_of_2(n_classes), 16)
     rows = TILE // columns
     n_blocks = -(-n_anchors // rows)
-    op, params = box_op(box, box_constants)
     # As all tensors with features, but for the one dimension of rows.
     targets = tuple(
         (x[0], 0, *x[0].stride()) if x else None for x in (of_objects, of_classes, of_boxes, of_raw)
@@ -211,7 +210,7 @@ def _(
             "n_blocks": n_blocks,
             "n_targets": len(of_boxes[0]),
             "n_classes": n_classes,
-            "BOXES": op.launcher(boxes[0], of_boxes[0], **params).constants["LOSS"],
+            "BOXES": loss_of(box, *box_constants),
             "RAW": ("l1",),
             "BLOCK": min(power_of_2(n_blocks * n_images), _BLOCK),
             "BR": rows,

@@ -90,7 +90,7 @@ def iou_of(boxes: Tensor, found: Matched) -> Tensor:
         return (1 - missed).masked_fill(~found.matched, 0)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Layered(Plan):
     """Of layers that one body of code takes: copied where they are not of one layout."""
 
@@ -101,17 +101,19 @@ class _Layered(Plan):
         gradients: Sequence[Tensor | None],
         **pointers: Tensor,
     ) -> None:
-        given = [
-            of_one_layout(x) if x and i in call.op.of_levels else x
-            for i, x in enumerate(call.inputs(tensors))
-        ]
+        given: list[Sequence[Tensor]] = [*call.inputs(tensors)]
+        for i in call.op.of_levels:
+            if given[i]:
+                given[i] = of_one_layout(given[i])
         wanted = call.inputs(gradients)
-        into = [_gradients(*pair) for pair in zip(wanted, given, strict=True)]
+        into: list[Sequence[Tensor | None]] = [*wanted]
+        for i in call.op.of_gradients:
+            into[i] = _gradients(wanted[i], given[i])
         super()._launch(
             call, tuple(x for xs in given for x in xs), [x for xs in into for x in xs], **pointers
         )
-        for asked, found in zip(wanted, into, strict=True):
-            for x, y in zip(asked, found, strict=True):
+        for i in call.op.of_gradients:
+            for x, y in zip(wanted[i], into[i], strict=True):
                 if x is not None and x is not y:
                     x.copy_(y)
 
@@ -250,7 +252,7 @@ _SCORED_BY_CHOICE = ("varifocal", "matchability")
 
 def class_loss(losses: str) -> str:
     """The one that is of classes among some losses' names; empty without one."""
-    return next((x for x in losses.split() if x not in ("loss_bbox", "loss_giou")), "")
+    return [*(x for x in losses.split() if x not in ("loss_bbox", "loss_giou")), ""][0]
 
 
 def _softmax(scores: Tensor, label: Tensor, of_nothing: float) -> Tensor:
