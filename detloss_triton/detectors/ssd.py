@@ -13,6 +13,9 @@ from detloss_triton.assigners import MaxIoUAssigner
 from detloss_triton.assigners.assignment import Given
 from detloss_triton.coders import DeltaXYWHBBoxCoder
 from detloss_triton.criteria import SSDCriterion
+from detloss_triton.criteria.levels import is_ours
+from detloss_triton.shapes import check_shapes
+from detloss_triton.targets import check_images, pack
 
 from .whole import Maps, PriorLoss, check_channels, map_sizes
 
@@ -49,8 +52,8 @@ class SSDLoss(PriorLoss):
         self.criterion = SSDCriterion(num_classes, self.coder) if criterion is None else criterion
 
     def priors(self, sizes: Sequence[Size], device: torch.device) -> Anchors:
-        """The anchors of all levels: of a level those of one shape after those of another, so that
-        each map is copied once, and none of its channels scattered."""
+        """The anchors of all levels: of a level those of one shape after those of another, as its
+        map holds them."""
         boxes, counts = self.anchors(sizes, device=device)
         levels = zip(boxes.split(counts), sizes, strict=True)
         shapes = [shape for level, (h, w) in levels for shape in level.view(h * w, -1, 4).unbind(1)]
@@ -61,6 +64,13 @@ class SSDLoss(PriorLoss):
         check_channels(self, name, maps, features)
         shapes = [shape for level in maps for shape in level.flatten(2).split(features, 1)]
         return torch.cat(shapes, 2).transpose(1, 2)
+
+    def levels(self, name: str, maps: Maps, features: int) -> list[Tensor]:
+        """Maps (N, k * features, H, W) as (N, k, H * W, features) of each, where they lie."""
+        check_channels(self, name, maps, features)
+        sizes = [(level.shape[1] // features, features) for level in maps]
+        pairs = zip(maps, sizes, strict=True)
+        return [level.flatten(2).unflatten(1, size).transpose(2, 3) for level, size in pairs]
 
     def decoded(self, codes: Tensor, priors: Anchors) -> Tensor:
         """Boxes (N, A, 4) of deltas of the anchors."""
@@ -87,9 +97,17 @@ class SSDLoss(PriorLoss):
         sizes = map_sizes(self, cls_score=cls_score, bbox_pred=bbox_pred)
         if priors is None:
             priors = self.priors(sizes, cls_score[0].device)
-        scores = self.rows("cls_score", cls_score, self.num_classes + 1)
-        codes = self.rows("bbox_pred", bbox_pred, 4)
+        place = type(self).__name__
+        scores = self.levels("cls_score", cls_score, self.num_classes + 1)
+        shapes = [level.shape[:3] for level in scores]
+        for i, ((n, k, _), size) in enumerate(zip(shapes, sizes, strict=True)):
+            check_shapes(f"{place}, level {i}", bbox_pred=(bbox_pred[i], (n, k * 4, *size)))
+        rows = len(cls_score[0]), sum(k * n for _, k, n in shapes)
+        targets = pack(targets, place, cls_score[0])
+        check_images(place, targets, rows[0])
+        check_shapes(place, priors=(priors.boxes, (rows[1], 4)))
         found = self.assigner(priors.boxes, targets)
+        check_shapes(f"{place}, assigner", label=(found.label, rows), box=(found.box, (*rows, 4)))
         has_target = found.target >= 0
         labels = found.label.masked_fill(~has_target, self.num_classes)
         weights = found.metric.new_ones(()).expand(labels.shape)
@@ -100,9 +118,7 @@ class SSDLoss(PriorLoss):
         of_boxes = (boxes[..., 2:] > boxes[..., :2]).all(2, keepdim=True)
         if not getattr(self.criterion, "reg_decoded_bbox", False):
             boxes = self.coder.encode(priors.boxes, torch.where(of_boxes, boxes, priors.boxes))
-        losses: dict[str, list[Tensor]] = self.criterion(
-            scores,
-            codes,
+        of_rows = (
             priors.boxes,
             labels,
             weights,
@@ -110,6 +126,13 @@ class SSDLoss(PriorLoss):
             of_boxes.to(boxes.dtype).expand(boxes.shape),
             has_target.sum(1).clamp(min=1).sum(),
         )
+        losses: dict[str, list[Tensor]]
+        if is_ours(self.criterion):
+            codes = self.levels("bbox_pred", bbox_pred, 4)
+            losses = self.criterion.of_levels(scores, codes, *of_rows)
+        else:
+            logits = self.rows("cls_score", cls_score, self.num_classes + 1)
+            losses = self.criterion(logits, self.rows("bbox_pred", bbox_pred, 4), *of_rows)
         return losses
 
     if TYPE_CHECKING:

@@ -171,14 +171,16 @@ class FusedOp(FusedFormula):
             tuple(as_values(_placed(x, first.device)) for x in given) for given in inputs
         )
         tensors = tuple(x for given in inputs for x in given)
+        evaluator: Any = graph.of_fused if modes.is_compiling() else fused
         traced = modes.is_compiling() and not self.in_graphs
         if traced or _chosen(self, tensors[0], tensors) == "torch":
+            evaluator = self.cpu_form if modes.host_sees(first.device) else None
+        if evaluator is None:
             out: Tensor = self.reference(*inputs, **params)
             return out
         call = FusedCall(self, params, tuple(map(len, inputs)))
         if modes.is_compiling():
             tensors = _apart(tensors)
-        evaluator: Any = graph.of_fused if modes.is_compiling() else fused
         if not is_differentiated(tensors):
             out, _ = evaluator.forward(call, None, tensors, [False] * len(tensors))
             return out

@@ -108,13 +108,15 @@ def _(
     is_ignored = torch.empty_like(target, dtype=torch.bool)
     for i, n in enumerate(counts.clamp(0, labels.shape[1]).tolist()):
         here = slice(i, i + 1)
+        is_real = labels[here, :n] >= 0
         target[i], is_ignored[i] = _chosen(
             box,
             None if is_out is None else is_out[here],
-            labels[here, :n] >= 0,
+            is_real,
             t[here, :n],
             thresholds,
             gt_max_assign_all,
+            all_are_real=bool(is_real.all()),
         )
     return *told_to_few(target, a, labels, t), is_ignored
 
@@ -126,6 +128,7 @@ def _chosen(
     targets: Tensor,
     thresholds: tuple[float, float, float, float],
     gt_max_assign_all: bool,
+    all_are_real: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(B, A) target or -1, and whether it is ignored."""
     pos_iou, neg_low, neg_high, min_pos_iou = thresholds
@@ -135,7 +138,8 @@ def _chosen(
     taken = which.clone()
     for some in parts(n_targets if n_anchors else 0, most.numel()):
         ratio = iou(box, columns(targets[:, some].unsqueeze(2)))
-        ratio.masked_fill_(~is_real[:, some].unsqueeze(2), -1)
+        if not all_are_real:
+            ratio.masked_fill_(~is_real[:, some].unsqueeze(2), -1)
         if is_out is not None:
             ratio.masked_fill_(is_out.unsqueeze(1), -1)
         largest, index = ratio.max(1)
