@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .boxes import distance_and_grad
 from .dense import by_code, decoded, put_sum, upstream_of
-from .math import masked, times, two_bin_and_grad
+from .math import delta_encode, masked, times, two_bin_and_grad
 from .rows import load, load_box, load_rows, row_pointers, store_box, tile_pointers
 from .selection import kth_largest, largest, load_keys
 from .totals import sum_of
@@ -82,14 +82,21 @@ def mined_kernel(
             m_positive = m_row & (index >= 0) & (index < n_features - 1)
             m_negative = m_row & (index == n_features - 1)
             if (p_dout is None) or (dcodes is not None):
-                sides = load_box(box_weights, at_anchor, m_row)
-                m_box = (
-                    (sides[0] != 0.0) | (sides[1] != 0.0) | (sides[2] != 0.0) | (sides[3] != 0.0)
-                )
-                target = load_box(targets, at_anchor, m_box)
-                anchor = target
-                if CODE[0] != "":
+                if CODE[0] == "targets":
+                    target = load_box(targets, at_anchor, m_row)
+                    m_box = (target[2] > target[0]) & (target[3] > target[1])
+                    one = tl.where(m_box, 1.0, 0.0)
+                    sides = (one, one, one, one)
                     anchor = load_box(anchors, at_anchor, m_box)
+                    target = delta_encode(target, anchor, CODE)
+                else:
+                    sides = load_box(box_weights, at_anchor, m_row)
+                    m_box = (sides[0] != 0.0) | (sides[1] != 0.0)
+                    m_box |= (sides[2] != 0.0) | (sides[3] != 0.0)
+                    target = load_box(targets, at_anchor, m_box)
+                    anchor = target
+                    if CODE[0] != "":
+                        anchor = load_box(anchors, at_anchor, m_box)
                 code = load_box(of_shape(codes, shape), at, m_box)
                 box, slopes = decoded(code, anchor, CODE)
                 loss, by_box = sides_and_grad(box, target, sides, SIDES)

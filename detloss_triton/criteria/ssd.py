@@ -138,10 +138,15 @@ class SSDCriterion(nn.Module):
         labels: Tensor,
         label_weights: Tensor,
         bbox_targets: Tensor,
-        bbox_weights: Tensor,
+        bbox_weights: Tensor | None,
         avg_factor: float | Tensor,
+        coder: Any = None,
     ) -> dict[str, list[Tensor]]:
         """As `forward`, of predictions that stay where they lie, level by level.
+
+        Args:
+            coder: encodes bbox_targets, boxes of which those of no size count for nothing; then
+                bbox_weights is None.
 
         Shapes, with k shapes of anchors at each of a level's n positions:
             cls_score (N, k, n, C + 1) and bbox_pred (N, k, n, 4) of each level; anchor (A, 4) or
@@ -166,13 +171,14 @@ class SSDCriterion(nn.Module):
                 anchor=XYXY(anchors),
                 labels=a_class_or_background(self.num_classes)(label, weights),
                 label_weights=NOT_NEGATIVE(weights),
-                bbox_weights=NOT_NEGATIVE(box_weights),
                 bbox_targets=FINITE(targets, box_weights),
                 avg_factor=NOT_NEGATIVE(norm),
             )
-            positive = is_object(label, self.num_classes)
-            check(self, bbox_weights=NOTHING(box_weights, ~positive))
-        decode = self._term()
+            if box_weights is not None:
+                check(self, bbox_weights=NOT_NEGATIVE(box_weights))
+                positive = is_object(label, self.num_classes)
+                check(self, bbox_weights=NOTHING(box_weights, ~positive))
+        decode = self._term() if coder is None else ("targets", (*coder.means, *coder.stds))
         if self.reg_decoded_bbox and decode is None:
             bbox_pred = self._decoded(anchors, bbox_pred)
         name, decode_constants = decode or ("", ())
@@ -184,7 +190,7 @@ class SSDCriterion(nn.Module):
             tuple(bbox_pred),
             (anchors,) if decode else (),
             (targets,),
-            (box_weights,),
+            () if box_weights is None else (box_weights,),
             by,
             number=number,
             ratio=self.neg_pos_ratio,

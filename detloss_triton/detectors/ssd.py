@@ -14,6 +14,7 @@ from detloss_triton.assigners.assignment import Given
 from detloss_triton.coders import DeltaXYWHBBoxCoder
 from detloss_triton.criteria import SSDCriterion
 from detloss_triton.criteria.levels import is_ours
+from detloss_triton.settings import is_fused
 from detloss_triton.shapes import check_shapes
 from detloss_triton.targets import check_images, pack
 
@@ -49,7 +50,9 @@ class SSDLoss(PriorLoss):
             assigner = MaxIoUAssigner(pos_iou_thr=0.4, neg_iou_thr=0.4, gt_max_assign_all=False)
         self.assigner = assigner
         self.coder = DeltaXYWHBBoxCoder(target_stds=STDS) if bbox_coder is None else bbox_coder
-        self.criterion = SSDCriterion(num_classes, self.coder) if criterion is None else criterion
+        if criterion is None:
+            criterion = SSDCriterion(num_classes, self.coder)
+        self.criterion = criterion
 
     def priors(self, sizes: Sequence[Size], device: torch.device) -> Anchors:
         """The anchors of all levels: of a level those of one shape after those of another, as its
@@ -113,23 +116,23 @@ class SSDLoss(PriorLoss):
         weights = found.metric.new_ones(()).expand(labels.shape)
         if found.ignored is not None:
             weights = weights.masked_fill(found.ignored, 0)
-        boxes = found.box
-        # Without a target a box is zeros, and one of no size has no logarithm.
-        of_boxes = (boxes[..., 2:] > boxes[..., :2]).all(2, keepdim=True)
-        if not getattr(self.criterion, "reg_decoded_bbox", False):
-            boxes = self.coder.encode(priors.boxes, torch.where(of_boxes, boxes, priors.boxes))
-        of_rows = (
-            priors.boxes,
-            labels,
-            weights,
-            boxes,
-            of_boxes.to(boxes.dtype).expand(boxes.shape),
-            has_target.sum(1).clamp(min=1).sum(),
-        )
+        number = has_target.sum(1).clamp(min=1).sum()
+        in_place = is_ours(self.criterion)
+        is_decoded = getattr(self.criterion, "reg_decoded_bbox", False)
+        coder = self.coder if in_place and is_fused(self.coder, "encode") else None
+        boxes, box_weights = found.box, None
+        if is_decoded or coder is None:
+            coder = None
+            # Without a target a box is zeros, and one of no size has no logarithm.
+            of_boxes = (boxes[..., 2:] > boxes[..., :2]).all(2, keepdim=True)
+            box_weights = of_boxes.to(boxes.dtype).expand(boxes.shape)
+            if not is_decoded:
+                boxes = self.coder.encode(priors.boxes, torch.where(of_boxes, boxes, priors.boxes))
+        of_rows: Any = priors.boxes, labels, weights, boxes, box_weights, number
         losses: dict[str, list[Tensor]]
-        if is_ours(self.criterion):
+        if in_place:
             codes = self.levels("bbox_pred", bbox_pred, 4)
-            losses = self.criterion.of_levels(scores, codes, *of_rows)
+            losses = self.criterion.of_levels(scores, codes, *of_rows, coder)
         else:
             logits = self.rows("cls_score", cls_score, self.num_classes + 1)
             losses = self.criterion(logits, self.rows("bbox_pred", bbox_pred, 4), *of_rows)

@@ -27,6 +27,8 @@ from .dense import is_object
 
 # Added to the divisor of boxes: the spacing of float32 at 1.
 _EPS = 2.0**-23
+# Exponentials relative to a label's that sum to so much are taken relative to the largest.
+_FAR = 1e30
 # Partial sums that a program adds at a time.
 _BLOCK = 1024
 
@@ -42,6 +44,7 @@ def _samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
         ("", 3, [(1, rows)]),
         ("deltas", 2, [(2, n), (1, rows - 2 * n), (2, 0)]),
         ("", 0, [(1, rows)]),
+        ("targets", 1, [(1, 2 * n), (1, rows - 2 * n)]),
     ):
         low = uniform(n_images, rows, 2) * 40
         anchors = torch.cat([low, low + 4 + uniform(n_images, rows, 2) * 20], -1)
@@ -52,6 +55,8 @@ def _samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
         scores = torch.randn(n_images, rows, n_classes + 1, generator=generator) * 3
         sides = is_object(labels, n_classes).unsqueeze(-1) * uniform(n_images, rows, 4).round() * 2
         targets = anchors + codes if decode else codes.flip(1)
+        if decode == "targets":
+            targets[:, ::3, 2:] = targets[:, ::3, :2]
         of_scores, of_codes = by_level(scores, sizes), by_level(codes, sizes)
         if decode:
             of_scores, of_codes = map(_as_in_maps, (of_scores, of_codes))
@@ -63,7 +68,7 @@ def _samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
                 of_codes,
                 (anchors,) if decode else (),
                 (targets,),
-                (sides,),
+                (sides,) if decode != "targets" else (),
                 () if ratio else (torch.tensor(5.0),),
             ),
             {
@@ -71,7 +76,7 @@ def _samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
                 "ratio": ratio,
                 "beta": 0.8,
                 "decode": decode,
-                "decode_constants": _DECODE if decode else (),
+                "decode_constants": {"deltas": _DECODE, "targets": _DECODE[:8]}.get(decode, ()),
             },
         )
 
@@ -119,14 +124,17 @@ def mined(
     each of its k shapes of anchors:
         scores, codes: of each level (N, k, n, C + 1) and (N, k, n, 4).
         labels (N, A) in [0, C), C of negatives, others are ignored; weights (N, A);
-        anchors (N, A, 4) xyxy, () where codes are boxes; targets, box_weights (N, A, 4);
+        anchors (N, A, 4) xyxy, () if not asked for; targets, box_weights (N, A, 4);
         divisor of one number, () for `number`; each of these of one tensor.
 
     Args:
         beta: where smooth L1 turns linear.
-        decode, decode_constants: "deltas" and what `delta_decode` takes, or "".
+        decode, decode_constants: "deltas" and what `delta_decode` takes, for codes that are to be
+            decoded; "targets" and what `delta_encode` takes, for targets that are boxes and are to
+            be encoded, in which case box_weights is (), and a target of no size counts for nothing;
+            or "".
     """
-    (label,), (weight,), (target,), (sides,) = labels, weights, targets, box_weights
+    (label,), (weight,), (target,) = labels, weights, targets
     dtype = arithmetic_dtype(*scores, *codes)
     by = _divisor(divisor, number, dtype)
     # Few rows are taken: what the others cost is looked at, and not differentiated.
@@ -138,6 +146,8 @@ def mined(
     each = [distribution.two_bin(x, of, None, None, weight=w, keep=1) for x, of, w in levels]
     classes = torch.stack(each).sum(0)
     box = torch.cat([level.flatten(1, 2) for level in codes], 1)
+    sides = box_weights[0] if box_weights else _has_size(target).to(dtype).unsqueeze(-1)
+    sides = sides.expand(target.shape)
     of_boxes = _of_boxes(box, anchors, target, sides, beta, decode, decode_constants)
     return torch.cat([classes, of_boxes / (by + _EPS)])
 
@@ -158,6 +168,11 @@ def _taken(cost: Tensor, label: Tensor, weight: Tensor, n_classes: int, ratio: i
     return weight.masked_fill(~counts, 0)
 
 
+def _has_size(box: Tensor) -> Tensor:
+    x1, y1, x2, y2 = box.unbind(-1)
+    return (x2 > x1) & (y2 > y1)
+
+
 def _of_boxes(
     box: Tensor,
     anchors: tuple[Tensor, ...],
@@ -167,8 +182,10 @@ def _of_boxes(
     decode: str,
     decode_constants: Sequence[float],
 ) -> Tensor:
-    """(N,) losses of boxes (N, ..., 4), or of codes to decode, by sides of their own weights."""
-    if decode:
+    """(N,) losses of boxes (N, ..., 4) or of codes, by sides of their own weights."""
+    if decode == "targets":
+        target = coding.delta_encode(anchors[0], target, decode_constants[:4], decode_constants[4:])
+    elif decode:
         box = coding.delta_decode(
             box,
             anchors[0],
@@ -253,14 +270,18 @@ def _evaluate(
         rows = []
         for level, column, exp in zip(scores, columns, below, strict=True):
             x = level[image].to(dtype)
-            top = x.amax(-1, keepdim=True)
+            # Relative to the label's, as the loss is; or where that is far below to the largest.
+            top = at_label = x.gather(-1, column)
             total = torch.sub(x, top, out=exp).exp_().sum(-1, keepdim=True)
-            row = total, x.gather(-1, column) - top, x[..., -1:] - top
-            rows.append(torch.stack([value.flatten() for value in row]))
-        total, at_label, at_last = torch.cat(rows, 1).unsqueeze(1)
-        log = total.log()
-        taken = _taken(log - at_last, label, weight, n_classes, call.params["ratio"]) / by
-        out[0, image] = ((log - at_label) * taken).masked_fill_(taken == 0, 0).sum()
+            is_far = total >= _FAR
+            if is_far.any():
+                top = torch.where(is_far, x.amax(-1, keepdim=True), at_label)
+                total = torch.sub(x, top, out=exp).exp_().sum(-1, keepdim=True)
+            cost = total.log() + (top - at_label)
+            rows.append(torch.stack([total.flatten(), cost.flatten()]))
+        total, cost = torch.cat(rows, 1).unsqueeze(1)
+        taken = _taken(cost, label, weight, n_classes, call.params["ratio"]) / by
+        out[0, image] = (cost * taken).masked_fill_(taken == 0, 0).sum()
         scale = taken if up is None else taken * up[0, image]
         unused = total.isnan() & (taken == 0)
         parts = (by_level(x.unsqueeze(-1), sizes) for x in (-total, scale / total, unused))
@@ -283,19 +304,21 @@ def _of_boxes_on_cpu(
     call: FusedCall, tensors: Tensors, upstream: Tensor | None, by: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """(N,) losses, and gradients by the codes (N, A, 4); few anchors have a box."""
-    *_, codes, anchors, (target,), (sides,), _ = call.inputs(tensors)
-    at = (sides != 0).any(-1).nonzero(as_tuple=True)
+    *_, codes, anchors, (target,), weights, _ = call.inputs(tensors)
+    has_box = (weights[0] != 0).any(-1) if weights else _has_size(target)
+    at = has_box.nonzero(as_tuple=True)
     box = torch.cat([level.detach().flatten(1, 2) for level in codes], 1)[at]
-    others = tuple(x[at] for x in anchors), target[at], sides[at]
+    sides = weights[0][at] if weights else torch.ones_like(target[at])
+    others = tuple(x[at] for x in anchors), target[at], sides
     names = "beta", "decode", "decode_constants"
     with torch.enable_grad():
         losses = _of_boxes(box.requires_grad_(), *others, *(call.params[name] for name in names))
         losses = losses / by
         up = torch.ones_like(losses) if upstream is None else upstream[at[0]]
         (found,) = torch.autograd.grad(losses, box, up)
-    each = losses.new_zeros(sides.shape[:2])
+    each = losses.new_zeros(has_box.shape)
     each[at] = losses.detach()
-    gradients = found.new_zeros(sides.shape)
+    gradients = found.new_zeros(target.shape)
     gradients[at] = found
     return each.sum(1), gradients
 
