@@ -95,16 +95,12 @@ class DeltaXYWHBBoxCoder:
         self.add_ctr_clamp = add_ctr_clamp
         self.ctr_clamp = ctr_clamp
 
+    @fused
     def encode(self, bboxes: Tensor, gt_bboxes: Tensor) -> Tensor:
         """Deltas (..., 4) that turn `bboxes` into `gt_bboxes`, both (..., 4) xyxy."""
         _check(self, ("gt_bboxes", gt_bboxes), ("bboxes", bboxes), 4)
-        p_centre, p_size = _centre_size(at_least_float32(bboxes))
-        g_centre, g_size = _centre_size(at_least_float32(gt_bboxes))
-        shift, log_ratio = (g_centre - p_centre) / p_size, torch.log(g_size / p_size)
-        # Column by column, as a tensor of the constants would be copied to the device each time.
-        deltas = torch.cat([shift, log_ratio], -1).unbind(-1)
-        normalised = zip(deltas, self.means, self.stds, strict=True)
-        return torch.stack([(d - mean) / std for d, mean, std in normalised], -1)
+        pair = at_least_float32(bboxes), at_least_float32(gt_bboxes)
+        return coding.delta_encode(*pair, self.means, self.stds)
 
     def term(self) -> tuple[str, tuple[float, ...]]:
         """The op that decodes, without an image to clip at, and its constants."""
@@ -142,11 +138,6 @@ class DeltaXYWHBBoxCoder:
         return _clipped(boxes, max_shape if self.clip_border else None)
 
     decode_export = decode
-
-
-def _centre_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    low, high = boxes[..., :2], boxes[..., 2:]
-    return (low + high) / 2, high - low
 
 
 class DistancePointBBoxCoder:

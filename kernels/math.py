@@ -498,6 +498,22 @@ def delta_decode(deltas, anchor, CODE: tl.constexpr):
 
 
 @triton.jit
+def delta_encode(box, anchor, CODE: tl.constexpr):
+    """Normalised deltas that turn an anchor into a box; CODE is (name, four means, deviations)."""
+    width, height = anchor[2] - anchor[0], anchor[3] - anchor[1]
+    x = (0.5 * (box[0] + box[2]) - 0.5 * (anchor[0] + anchor[2])) / width
+    y = (0.5 * (box[1] + box[3]) - 0.5 * (anchor[1] + anchor[3])) / height
+    w = tl.log((box[2] - box[0]) / width)
+    h = tl.log((box[3] - box[1]) / height)
+    return (
+        (x - CODE[1]) / CODE[5],
+        (y - CODE[2]) / CODE[6],
+        (w - CODE[3]) / CODE[7],
+        (h - CODE[4]) / CODE[8],
+    )
+
+
+@triton.jit
 def by_deltas(by_box, slopes):
     """The gradient by deltas of what has this gradient by the box they make."""
     dx1, dy1, dx2, dy2 = by_box

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .boxes import distance_and_grad
 from .dense import by_code, decoded, put_sum, upstream_of
-from .math import masked, times, two_bin_and_grad
+from .math import delta_encode, masked, times, two_bin_and_grad
 from .rows import load, load_box, load_rows, row_pointers, store_box, tile_pointers
 from .selection import kth_largest, largest, load_keys
 from .totals import sum_of
@@ -39,66 +39,103 @@ def sides_and_grad(p, t, weights, LOSS: tl.constexpr):
     return loss, gradient
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_blocks"])
+@triton.jit
+def of_shape(tensor, shape):
+    """One shape's rows of a level's tensor, which lies (image, shape, position, feature)."""
+    return tensor[0] + shape.to(tl.int64) * tensor[2], tensor[1], tensor[3], tensor[4]
+
+
+@triton.jit(do_not_specialize=["n_anchors", "n_blocks"])
 def mined_kernel(
-    levels, p_hardness, p_sums, p_dout, p_found, n_rows, n_blocks, n_features,
-    SIDES: tl.constexpr, CODE: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    levels, rows, p_hardness, p_sums, p_dout, p_found, sizes, n_anchors, n_blocks, n_features,
+    SHAPES: tl.constexpr, SIDES: tl.constexpr, CODE: tl.constexpr, N_LEVELS: tl.constexpr,
+    BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Forward: how hard each negative is, and sums of a program. Backward: gradients.
 
-    Hardness [images, n_rows] is -inf of what is no negative. Sums: losses of positive rows, their
-    number, losses of boxes. Found: the factor of each loss, then for each row 1 if it was mined.
+    A level has so many positions (sizes) and anchors at each (SHAPES); of what has rows
+    [images, n_anchors] those of a shape follow those of another.
+    Hardness [images, n_anchors] is -inf of what is no negative. Sums: losses of positive rows,
+    their number, losses of boxes. Found: the factor of each loss, then for each row 1 if it was
+    mined.
     """
-    (scores, labels, weights, codes, anchors, targets, box_weights, dscores, dcodes) = levels[0]
-    pid = tl.program_id(0)
+    labels, weights, anchors, targets, box_weights = rows
     n_images = tl.num_programs(0) // n_blocks
-    image = pid // n_blocks
-    row = ((pid - image * n_blocks) * BR + tl.arange(0, BR)).to(tl.int64)
-    at = (image.to(tl.int64), row)
-    o_row = image.to(tl.int64) * n_rows + row
-    m_row = row < n_rows
-    index = tl.load(row_pointers(labels, at), mask=m_row, other=-1)
-    m_positive = m_row & (index >= 0) & (index < n_features - 1)
-    m_negative = m_row & (index == n_features - 1)
-    if (p_dout is None) or (dscores is not None):
-        weight = load_rows(weights, at, m_row, 1.0)
-        m_counts = m_positive | m_negative
-        if p_dout is not None:
-            is_mined = tl.load(p_found + 2 * n_images + o_row, mask=m_negative, other=0.0)
-            m_counts = m_positive | (is_mined != 0.0)
-        # Whatever a row of weight 0 holds, it adds nothing.
-        m_used = m_counts & (weight != 0.0)
-        column = tl.arange(0, BK)
-        m_column = (column < n_features)[None, :]
-        is_label = column[None, :] == tl.where(m_used, index.to(tl.int32), -1)[:, None]
-        column = column.to(tl.int64)
-        x = load(tile_pointers(scores, at, column), m_used[:, None] & m_column)
-        x = tl.where(m_column, x, float("-inf"))
-        loss, dx = two_bin_and_grad(x, is_label, is_label, 1.0, 0.0)
-        if p_dout is None:
-            loss = tl.where(m_used, weight * loss, 0.0)
-            hardness = tl.where(m_negative, loss, float("-inf"))
-            tl.store(p_hardness + o_row, hardness, mask=m_row)
-            put_sum(p_sums, 0, tl.where(m_positive, loss, 0.0))
-            put_sum(p_sums, 1, tl.where(m_positive, 1.0, 0.0))
-        else:
-            scale = weight * upstream_of(p_dout, p_found, image)
-            dx = tl.where(m_used[:, None], scale[:, None] * dx, 0.0)
-            tl.store(tile_pointers(dscores, at, column), dx, mask=m_row[:, None] & m_column)
-    if (p_dout is None) or (dcodes is not None):
-        sides = load_box(box_weights, at, m_row)
-        m_box = (sides[0] != 0.0) | (sides[1] != 0.0) | (sides[2] != 0.0) | (sides[3] != 0.0)
-        target = load_box(targets, at, m_box)
-        anchor = target
-        if CODE[0] != "":
-            anchor = load_box(anchors, at, m_box)
-        box, slopes = decoded(load_box(codes, at, m_box), anchor, CODE)
-        loss, by_box = sides_and_grad(box, target, sides, SIDES)
-        if p_dout is None:
-            put_sum(p_sums, 2, loss)
-        else:
-            by_box = times(by_box, upstream_of(p_dout, p_found, n_images + image))
-            store_box(dcodes, at, masked(by_code(by_box, slopes, CODE), m_box), m_row)
+    image = tl.program_id(0) // n_blocks
+    block = tl.program_id(0) - image * n_blocks
+    start = 0
+    first = 0
+    for i in tl.static_range(N_LEVELS):
+        n_each = tl.cdiv(sizes[i], BR)
+        if (block >= start) & (block < start + SHAPES[i] * n_each):
+            scores, codes, dscores, dcodes = levels[i]
+            shape = block * 0
+            if SHAPES[i] > 1:
+                shape = (block - start) // n_each
+            row = (block - start - shape * n_each) * BR + tl.arange(0, BR)
+            m_row = row < sizes[i]
+            anchor_row = (first + shape * sizes[i] + row).to(tl.int64)
+            at = (image.to(tl.int64), row.to(tl.int64))
+            at_anchor = (image.to(tl.int64), anchor_row)
+            o_anchor = image.to(tl.int64) * n_anchors + anchor_row
+            index = tl.load(row_pointers(labels, at_anchor), mask=m_row, other=-1)
+            m_positive = m_row & (index >= 0) & (index < n_features - 1)
+            m_negative = m_row & (index == n_features - 1)
+            if (p_dout is None) or (dcodes is not None):
+                if CODE[0] == "targets":
+                    target = load_box(targets, at_anchor, m_row)
+                    m_box = (target[2] > target[0]) & (target[3] > target[1])
+                    one = tl.where(m_box, 1.0, 0.0)
+                    sides = (one, one, one, one)
+                    anchor = load_box(anchors, at_anchor, m_box)
+                    target = delta_encode(target, anchor, CODE)
+                else:
+                    sides = load_box(box_weights, at_anchor, m_row)
+                    m_box = (sides[0] != 0.0) | (sides[1] != 0.0)
+                    m_box |= (sides[2] != 0.0) | (sides[3] != 0.0)
+                    target = load_box(targets, at_anchor, m_box)
+                    anchor = target
+                    if CODE[0] != "":
+                        anchor = load_box(anchors, at_anchor, m_box)
+                code = load_box(of_shape(codes, shape), at, m_box)
+                box, slopes = decoded(code, anchor, CODE)
+                loss, by_box = sides_and_grad(box, target, sides, SIDES)
+                if p_dout is None:
+                    put_sum(p_sums, 2, loss)
+                else:
+                    by_box = times(by_box, upstream_of(p_dout, p_found, n_images + image))
+                    by_box = masked(by_code(by_box, slopes, CODE), m_box)
+                    store_box(of_shape(dcodes, shape), at, by_box, m_row)
+            if (p_dout is None) or (dscores is not None):
+                weight = load_rows(weights, at_anchor, m_row, 1.0)
+                m_counts = m_positive | m_negative
+                if p_dout is not None:
+                    p_mined = p_found + 2 * n_images + o_anchor
+                    is_mined = tl.load(p_mined, mask=m_negative, other=0.0)
+                    m_counts = m_positive | (is_mined != 0.0)
+                # Whatever a row of weight 0 holds, it adds nothing.
+                m_used = m_counts & (weight != 0.0)
+                column = tl.arange(0, BK)
+                m_column = (column < n_features)[None, :]
+                is_label = column[None, :] == tl.where(m_used, index.to(tl.int32), -1)[:, None]
+                column = column.to(tl.int64)
+                p_scores = tile_pointers(of_shape(scores, shape), at, column)
+                x = load(p_scores, m_used[:, None] & m_column)
+                x = tl.where(m_column, x, float("-inf"))
+                loss, dx = two_bin_and_grad(x, is_label, is_label, 1.0, 0.0)
+                if p_dout is None:
+                    loss = tl.where(m_used, weight * loss, 0.0)
+                    hardness = tl.where(m_negative, loss, float("-inf"))
+                    tl.store(p_hardness + o_anchor, hardness, mask=m_row)
+                    put_sum(p_sums, 0, tl.where(m_positive, loss, 0.0))
+                    put_sum(p_sums, 1, tl.where(m_positive, 1.0, 0.0))
+                else:
+                    scale = weight * upstream_of(p_dout, p_found, image)
+                    dx = tl.where(m_used[:, None], scale[:, None] * dx, 0.0)
+                    p_dscores = tile_pointers(of_shape(dscores, shape), at, column)
+                    tl.store(p_dscores, dx, mask=m_row[:, None] & m_column)
+        start += SHAPES[i] * n_each
+        first += SHAPES[i] * sizes[i]
 
 
 @triton.jit(do_not_specialize=["ratio", "n_rows", "n_blocks"])

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from detloss_triton.ops.dense import is_object
-from detloss_triton.ops.mined import mined
+from detloss_triton.ops.mined import by_level, mined
 from detloss_triton.precision import as_indices
 from detloss_triton.reduction import as_divisor
-from detloss_triton.settings import described
+from detloss_triton.settings import described, fused
 from detloss_triton.shapes import check_shapes
 from detloss_triton.validate import (
     FINITE,
@@ -78,6 +78,7 @@ class SSDCriterion(nn.Module):
         self.reg_decoded_bbox = reg_decoded_bbox
         self.smoothl1_beta = smoothl1_beta
 
+    @fused
     def forward(
         self,
         cls_score: Images,
@@ -107,18 +108,13 @@ class SSDCriterion(nn.Module):
                 number.
             TypeError: for a subclass that overrides a method of OTX's which is not called.
         """
-        refuse_overrides(self, "_forward")
         if (
             isinstance(anchor, Tensor)
             and isinstance(bbox_pred, Tensor)
             and anchor.shape == bbox_pred.shape[1:]
         ):
             anchor = anchor.expand(bbox_pred.shape)
-        dtype = precision_of(self, cls_score=cls_score, bbox_pred=bbox_pred)
-        anchor, labels, label_weights, bbox_targets, bbox_weights = constants(
-            (anchor, labels, label_weights, bbox_targets, bbox_weights), dtype
-        )
-        scores, codes, anchors, label, weights, targets, box_weights = self._tensors(
+        tensors = self._tensors(
             cls_score=(cls_score, (self.num_classes + 1,)),
             bbox_pred=(bbox_pred, (4,)),
             anchor=(anchor, (4,)),
@@ -127,9 +123,47 @@ class SSDCriterion(nn.Module):
             bbox_targets=(bbox_targets, (4,)),
             bbox_weights=(bbox_weights, (4,)),
         )
+        scores, codes, anchors, label, weights, targets, box_weights = tensors
+        levels = [scores.unsqueeze(1)], [codes.unsqueeze(1)]
+        return self.of_levels(*levels, anchors, label, weights, targets, box_weights, avg_factor)
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def of_levels(
+        self,
+        cls_score: Sequence[Tensor],
+        bbox_pred: Sequence[Tensor],
+        anchor: Tensor,
+        labels: Tensor,
+        label_weights: Tensor,
+        bbox_targets: Tensor,
+        bbox_weights: Tensor | None,
+        avg_factor: float | Tensor,
+        coder: Any = None,
+    ) -> dict[str, list[Tensor]]:
+        """As `forward`, of predictions that stay where they lie, level by level.
+
+        Args:
+            coder: encodes bbox_targets, boxes of which those of no size count for nothing; then
+                bbox_weights is None.
+
+        Shapes, with k shapes of anchors at each of a level's n positions:
+            cls_score (N, k, n, C + 1) and bbox_pred (N, k, n, 4) of each level; anchor (A, 4) or
+            (N, A, 4) and the others as tensors in `forward`, with the A anchors level by level, and
+            of a level shape by shape.
+        """
+        refuse_overrides(self, "_forward")
+        dtype = precision_of(self, cls_score=cls_score, bbox_pred=bbox_pred)
+        anchors, label, weights, targets, box_weights = constants(
+            (anchor, labels, label_weights, bbox_targets, bbox_weights), dtype
+        )
+        anchors = anchors.expand(*label.shape, 4)
         place = f"{type(self).__name__}: avg_factor"
-        norm = as_divisor(place, avg_factor, dtype, scores.device)
+        norm = as_divisor(place, avg_factor, dtype, label.device)
         if enabled():
+            rows = [[x.flatten(1, 2) for x in levels] for levels in (cls_score, bbox_pred)]
+            scores, codes = (x if len(x) > 1 else x[0] for x in rows)
             check(
                 self,
                 cls_score=FINITE(scores),
@@ -137,37 +171,36 @@ class SSDCriterion(nn.Module):
                 anchor=XYXY(anchors),
                 labels=a_class_or_background(self.num_classes)(label, weights),
                 label_weights=NOT_NEGATIVE(weights),
-                bbox_weights=NOT_NEGATIVE(box_weights),
                 bbox_targets=FINITE(targets, box_weights),
                 avg_factor=NOT_NEGATIVE(norm),
             )
-            positive = is_object(label, self.num_classes)
-            check(self, bbox_weights=NOTHING(box_weights, ~positive))
-        decode = self._term()
+            if box_weights is not None:
+                check(self, bbox_weights=NOT_NEGATIVE(box_weights))
+                positive = is_object(label, self.num_classes)
+                check(self, bbox_weights=NOTHING(box_weights, ~positive))
+        decode = self._term() if coder is None else ("targets", (*coder.means, *coder.stds))
         if self.reg_decoded_bbox and decode is None:
-            codes = self._decoded(anchors, codes)
+            bbox_pred = self._decoded(anchors, bbox_pred)
         name, decode_constants = decode or ("", ())
-        by, number = divisor_of(norm, scores.device)
+        by, number = divisor_of(norm, label.device)
         losses = mined.unbound(
-            (scores,),
+            tuple(cls_score),
             (as_indices(label),),
             (weights,),
-            (codes,),
+            tuple(bbox_pred),
             (anchors,) if decode else (),
             (targets,),
-            (box_weights,),
+            () if box_weights is None else (box_weights,),
             by,
             number=number,
             ratio=self.neg_pos_ratio,
             beta=self.smoothl1_beta,
             decode=name,
             decode_constants=decode_constants,
-            n_rows=len(scores),
+            n_rows=len(label),
         )
-        return {"loss_cls": losses[: len(scores)], "loss_bbox": losses[len(scores) :]}
-
-    if TYPE_CHECKING:
-        __call__ = forward
+        n = len(label)
+        return {"loss_cls": losses[:n], "loss_bbox": losses[n:]}
 
     def extra_repr(self) -> str:
         if self.bbox_coder is None:
@@ -196,10 +229,12 @@ class SSDCriterion(nn.Module):
         term: tuple[str, tuple[float, ...]] = self.bbox_coder.term()  # type: ignore[union-attr]
         return term if term[0] == "deltas" else None
 
-    def _decoded(self, anchors: Tensor, codes: Tensor) -> Tensor:
-        """(N, A, 4) boxes; another library's coder is called image by image, as from OTX."""
+    def _decoded(self, anchors: Tensor, codes: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Boxes of each level; another library's coder is called image by image, as from OTX."""
         decode: Any = self.bbox_coder.decode  # type: ignore[union-attr]
-        if is_our_coder(self.bbox_coder) or len(codes) == 0:
-            boxes: Tensor = decode(anchors, codes)
-            return boxes
-        return torch.stack([decode(*image) for image in zip(anchors, codes, strict=True)])
+        rows = torch.cat([level.flatten(1, 2) for level in codes], 1)
+        if is_our_coder(self.bbox_coder) or len(rows) == 0:
+            boxes: Tensor = decode(anchors, rows)
+        else:
+            boxes = torch.stack([decode(*image) for image in zip(anchors, rows, strict=True)])
+        return by_level(boxes, [level.shape[1:3] for level in codes])

@@ -200,16 +200,18 @@ class FusedOp(FusedFormula):
             inputs = tuple(tuple(as_values(_placed(x, device)) for x in given) for given in inputs)
             tensors = tuple(x for given in inputs for x in given)
             _check_devices(self, tensors[0], tensors)
+        evaluator: Any = graph.of_fused if modes.is_compiling() else fused
         traced = modes.is_compiling() and not self.in_graphs
         if traced or _chosen(self, tensors[0], tensors) == "torch":
-            return self.reference(*self.rows(inputs), **params)
+            evaluator = self.cpu_form if modes.host_sees(device) else None
+            if evaluator is None:
+                return self.reference(*self.rows(inputs), **params)
         if any(self.dims):
             inputs = self.rows(inputs, None if modes.is_compiling() else is_walkable)
             tensors = tuple([x for given in inputs for x in given])
         call = FusedCall(self, params, tuple(map(len, inputs)), apart)
         if modes.is_compiling():
             tensors = _apart(tensors)
-        evaluator: Any = graph.of_fused if modes.is_compiling() else fused
         if not is_differentiated(tensors):
             out, _ = evaluator.forward(call, None, tensors, [False] * len(tensors))
             return out

@@ -328,6 +328,11 @@ class FusedFormula(Formula):
     def differentiable(self) -> tuple[bool, ...]:
         return tuple(i in self.of_gradients for i in range(len(self.inputs)))
 
+    def on_cpu(self, form: Any) -> Any:
+        """Register what evaluates both passes on a CPU, as the modules beside `dispatch` do."""
+        self.cpu_form = form
+        return form
+
 
 class FusedCall:
     """One call of a fused op: everything about it but its tensors, which are passed in a row.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,24 @@ def _decode_axis(
     centre = (low + high) / 2 + shift
     half = size * log_ratio.exp() / 2
     return centre - half, centre + half
+
+
+def delta_encode(
+    anchors: Tensor, boxes: Tensor, means: Sequence[float], stds: Sequence[float]
+) -> Tensor:
+    """Deltas (..., 4) that turn anchors (..., 4) into boxes (..., 4), both xyxy."""
+    p_centre, p_size = _centre_size(anchors)
+    g_centre, g_size = _centre_size(boxes)
+    shift, log_ratio = (g_centre - p_centre) / p_size, torch.log(g_size / p_size)
+    # Column by column, as a tensor of the constants would be copied to the device each time.
+    deltas = torch.cat([shift, log_ratio], -1).unbind(-1)
+    normalised = zip(deltas, means, stds, strict=True)
+    return torch.stack([(d - mean) / std for d, mean, std in normalised], -1)
+
+
+def _centre_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return (low + high) / 2, high - low
 
 
 @delta_decode.triton

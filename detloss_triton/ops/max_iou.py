@@ -107,16 +107,47 @@ def _(
     target = labels.new_empty((len(labels), len(a)), dtype=torch.int64)
     is_ignored = torch.empty_like(target, dtype=torch.bool)
     for i, n in enumerate(counts.clamp(0, labels.shape[1]).tolist()):
-        here = slice(i, i + 1)
-        target[i], is_ignored[i] = _chosen(
-            box,
-            None if is_out is None else is_out[here],
-            labels[here, :n] >= 0,
-            t[here, :n],
-            thresholds,
-            gt_max_assign_all,
-        )
+        here, is_real = slice(i, i + 1), labels[i : i + 1, :n] >= 0
+        if is_real.all() and len(a) and 0 < n <= next(parts(n, len(a))).stop:
+            out = None if is_out is None else is_out[i]
+            found = _chosen_at_once(box, out, t[i, :n], thresholds, gt_max_assign_all)
+        else:
+            out = None if is_out is None else is_out[here]
+            found = _chosen(box, out, is_real, t[here, :n], thresholds, gt_max_assign_all)
+        target[i], is_ignored[i] = found
     return *told_to_few(target, a, labels, t), is_ignored
+
+
+def _chosen_at_once(
+    box: Columns,
+    is_out: Tensor | None,
+    targets: Tensor,
+    thresholds: tuple[float, float, float, float],
+    gt_max_assign_all: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `_chosen`, of an image of real targets (T, 4): half the time, as it asks few anchors which
+    target it is."""
+    pos_iou, neg_low, neg_high, min_pos_iou = thresholds
+    ratio = iou(box, columns(targets.unsqueeze(1)))
+    if is_out is not None:
+        ratio.masked_fill_(is_out, -1)
+    most = ratio.amax(0)
+    target = torch.full_like(most, -1, dtype=torch.int64)
+    near = (most >= pos_iou).nonzero().squeeze(1)
+    target[near] = ratio[:, near].max(0).indices
+    highest, anchor = ratio.max(1)
+    index = torch.arange(len(targets)).masked_fill_(highest < min_pos_iou, -1)
+    taken = torch.full_like(target, -1)
+    if gt_max_assign_all:
+        pairs = (ratio == highest.unsqueeze(1)).nonzero(as_tuple=True)
+        taken.scatter_reduce_(0, pairs[1], index[pairs[0]], "amax")
+    else:
+        taken.scatter_reduce_(0, anchor, index, "amax")
+    target = torch.where(taken >= 0, taken, target)
+    is_ignored = (most < neg_low) | (most >= neg_high)
+    if is_out is not None:
+        is_ignored |= is_out
+    return target, is_ignored & (target < 0)
 
 
 def _chosen(

@@ -27,6 +27,8 @@ from .dense import is_object
 
 # Added to the divisor of boxes: the spacing of float32 at 1.
 _EPS = 2.0**-23
+# Exponentials relative to a label's that sum to so much are taken relative to the largest.
+_FAR = 1e30
 # Partial sums that a program adds at a time.
 _BLOCK = 1024
 
@@ -36,23 +38,37 @@ def _samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
         return torch.rand(*shape, generator=generator)
 
     n_images, n_classes = 3, 6
-    for decode, ratio in (("", 3), ("deltas", 2), ("", 0)):
+    # As a criterion has them, and as a head's maps: two shapes of anchors, one, and no position.
+    n = rows // 3
+    for decode, ratio, sizes in (
+        ("", 3, [(1, rows)]),
+        ("deltas", 2, [(2, n), (1, rows - 2 * n), (2, 0)]),
+        ("", 0, [(1, rows)]),
+        ("targets", 1, [(1, 2 * n), (1, rows - 2 * n)]),
+    ):
         low = uniform(n_images, rows, 2) * 40
         anchors = torch.cat([low, low + 4 + uniform(n_images, rows, 2) * 20], -1)
         labels = torch.randint(-2, n_classes + 3, (n_images, rows), generator=generator)
         labels[uniform(n_images, rows) < 0.7] = n_classes
         labels[1:2] = n_classes
         codes = torch.randn(n_images, rows, 4, generator=generator)
+        scores = torch.randn(n_images, rows, n_classes + 1, generator=generator) * 3
         sides = is_object(labels, n_classes).unsqueeze(-1) * uniform(n_images, rows, 4).round() * 2
+        targets = anchors + codes if decode else codes.flip(1)
+        if decode == "targets":
+            targets[:, ::3, 2:] = targets[:, ::3, :2]
+        of_scores, of_codes = by_level(scores, sizes), by_level(codes, sizes)
+        if decode:
+            of_scores, of_codes = map(_as_in_maps, (of_scores, of_codes))
         yield Sample(
             (
-                (torch.randn(n_images, rows, n_classes + 1, generator=generator) * 3,),
+                of_scores,
                 (labels,),
                 (uniform(n_images, rows).round() * 2,),
-                (codes,),
+                of_codes,
                 (anchors,) if decode else (),
-                (anchors + codes if decode else codes.flip(1),),
-                (sides,),
+                (targets,),
+                (sides,) if decode != "targets" else (),
                 () if ratio else (torch.tensor(5.0),),
             ),
             {
@@ -60,16 +76,26 @@ def _samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
                 "ratio": ratio,
                 "beta": 0.8,
                 "decode": decode,
-                "decode_constants": _DECODE if decode else (),
+                "decode_constants": {"deltas": _DECODE, "targets": _DECODE[:8]}.get(decode, ()),
             },
         )
+
+
+def _as_in_maps(levels: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(level.mT.contiguous().mT for level in levels)
+
+
+def by_level(rows: Tensor, sizes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+    """Rows (N, A, ...) as those of each level, (N, k, n, ...), of sizes (k, n)."""
+    levels = rows.split([k * n for k, n in sizes], 1)
+    return tuple(x.unflatten(1, tuple(size)) for x, size in zip(levels, sizes, strict=True))
 
 
 _DECODE = (0.0, 0.1, 0.0, 0.0, 0.1, 0.1, 0.2, 0.2, 4.135, 0.0)
 
 
 @fused_op(
-    levels=("scores", "labels", "weights", "codes", "anchors", "targets", "box_weights"),
+    levels=("scores", "codes"),
     gradients=("scores", "codes"),
     samples=_samples,
 )
@@ -94,33 +120,72 @@ def mined(
     negatives, the hardest: those that cost most, of equal ones the first. Boxes: smooth L1 of each
     side. Both are divided by the divisor, 1 in the place of 0.
 
-    Shapes, each of one tensor, or of none where () is said:
-        scores (N, A, C + 1); labels (N, A) in [0, C), C of negatives, others are ignored;
-        weights (N, A); codes (N, A, 4); anchors (N, A, 4) xyxy, () where codes are boxes;
-        targets, box_weights (N, A, 4); divisor of one number, () for `number`.
+    Shapes, where the A anchors are those of all levels: of a level one after the other the n of
+    each of its k shapes of anchors:
+        scores, codes: of each level (N, k, n, C + 1) and (N, k, n, 4).
+        labels (N, A) in [0, C), C of negatives, others are ignored; weights (N, A);
+        anchors (N, A, 4) xyxy, () if not asked for; targets, box_weights (N, A, 4);
+        divisor of one number, () for `number`; each of these of one tensor.
 
     Args:
         beta: where smooth L1 turns linear.
-        decode, decode_constants: "deltas" and what `delta_decode` takes, or "".
+        decode, decode_constants: "deltas" and what `delta_decode` takes, for codes that are to be
+            decoded; "targets" and what `delta_encode` takes, for targets that are boxes and are to
+            be encoded, in which case box_weights is (), and a target of no size counts for nothing;
+            or "".
     """
-    (score,), (label,), (weight,), (box,), (target,), (sides,) = (
-        scores, labels, weights, codes, targets, box_weights
-    )  # fmt: skip
-    dtype = arithmetic_dtype(score, box)
-    weight, n_classes = weight.to(dtype), score.shape[-1] - 1
-    by = divisor[0].to(dtype) if divisor else number or 1.0
-    if isinstance(by, Tensor):
-        by = by.masked_fill(by == 0, 1)
-    positive, negative = is_object(label, n_classes), label == n_classes
-    n_taken = positive.sum(1, keepdim=True) * ratio
+    (label,), (weight,), (target,) = labels, weights, targets
+    dtype = arithmetic_dtype(*scores, *codes)
+    by = _divisor(divisor, number, dtype)
     # Few rows are taken: what the others cost is looked at, and not differentiated.
-    hardness = (_as_background(score.detach().to(dtype)) * weight).masked_fill(weight == 0, 0)
-    hardness = hardness.masked_fill(~negative, -torch.inf)
+    costs = [_as_background(level.detach().to(dtype)).flatten(1) for level in scores]
+    n_classes = scores[0].shape[-1] - 1
+    taken = _taken(torch.cat(costs, 1), label, weight.to(dtype), n_classes, ratio) / by
+    sizes = [level.shape[1:3] for level in scores]
+    levels = zip(scores, by_level(label, sizes), by_level(taken, sizes), strict=True)
+    each = [distribution.two_bin(x, of, None, None, weight=w, keep=1) for x, of, w in levels]
+    classes = torch.stack(each).sum(0)
+    box = torch.cat([level.flatten(1, 2) for level in codes], 1)
+    sides = box_weights[0] if box_weights else _has_size(target).to(dtype).unsqueeze(-1)
+    sides = sides.expand(target.shape)
+    of_boxes = _of_boxes(box, anchors, target, sides, beta, decode, decode_constants)
+    return torch.cat([classes, of_boxes / (by + _EPS)])
+
+
+def _divisor(divisor: tuple[Tensor, ...], number: float, dtype: torch.dtype) -> float | Tensor:
+    if not divisor:
+        return number or 1.0
+    by = divisor[0].to(dtype)
+    return by.masked_fill(by == 0, 1)
+
+
+def _taken(cost: Tensor, label: Tensor, weight: Tensor, n_classes: int, ratio: int) -> Tensor:
+    """Weights (N, A) of positives and of the hardest negatives, by what all cost as background."""
+    positive, negative = is_object(label, n_classes), label == n_classes
+    hardness = (cost * weight).masked_fill(weight == 0, 0).masked_fill(~negative, -torch.inf)
+    n_taken = positive.sum(1, keepdim=True) * ratio
     counts = positive | (selection.hardest(hardness, n_taken) & negative)
-    # Weights are divided, not losses: gradients are then right as they are found.
-    taken = weight.masked_fill(~counts, 0) / by
-    classes = distribution.two_bin(score, label, None, None, weight=taken, keep=1)
-    if decode:
+    return weight.masked_fill(~counts, 0)
+
+
+def _has_size(box: Tensor) -> Tensor:
+    x1, y1, x2, y2 = box.unbind(-1)
+    return (x2 > x1) & (y2 > y1)
+
+
+def _of_boxes(
+    box: Tensor,
+    anchors: tuple[Tensor, ...],
+    target: Tensor,
+    sides: Tensor,
+    beta: float,
+    decode: str,
+    decode_constants: Sequence[float],
+) -> Tensor:
+    """(N,) losses of boxes (N, ..., 4) or of codes, by sides of their own weights."""
+    if decode == "targets":
+        target = coding.delta_encode(anchors[0], target, decode_constants[:4], decode_constants[4:])
+    elif decode:
         box = coding.delta_decode(
             box,
             anchors[0],
@@ -131,15 +196,131 @@ def mined(
             max_shift=decode_constants[9],
         )
     pair = box.unsqueeze(-1), target.unsqueeze(-1)
-    boxes = regression.smooth_l1(*pair, weight=sides, keep=1, beta=beta) / (by + _EPS)
-    return torch.cat([classes, boxes])
+    losses: Tensor = regression.smooth_l1(*pair, weight=sides, keep=1, beta=beta)
+    return losses
 
 
 def _as_background(score: Tensor) -> Tensor:
-    """What rows (N, A, C + 1) cost that are background, the last class."""
+    """What rows (..., C + 1) cost that are background, the last class."""
     highest = score.amax(-1)
     total = (score - highest.unsqueeze(-1)).exp_().sum(-1)
     return total.log() - (score[..., -1] - highest)
+
+
+@mined.on_cpu
+class _OnCpu:
+    """Image by image, whose logits are read once, where they lie, and their exponentials become the
+    gradient while the caches hold them. Autograd would gather the rows that are taken, and scatter
+    their gradients. What forward finds are the gradients of the losses' sum, for backward to scale.
+    """
+
+    @staticmethod
+    def forward(
+        call: FusedCall, weight: None, tensors: Tensors, wanted: Sequence[bool]
+    ) -> tuple[Tensor, Gradients | None]:
+        at_once = any(wanted) and not _are_half(tensors)
+        into = new_gradients(tensors, wanted if at_once else [False] * len(tensors))
+        return _evaluate(call, tensors, into, None), into if at_once else None
+
+    @staticmethod
+    def backward(
+        call: FusedCall,
+        weight: None,
+        tensors: Tensors,
+        dout: Tensor,
+        wanted: Sequence[bool],
+        found: Gradients | None,
+    ) -> Gradients:
+        are_half = _are_half(tensors)
+        if found is None:
+            found = new_gradients(tensors, wanted)
+            _evaluate(call, tensors, found, dout if are_half else None)
+        if not are_half and not (dout == 1).all():
+            scores, _, _, codes, *_ = call.inputs(found)
+            for gradients, scale in zip((scores, codes), dout.view(2, -1, 1, 1, 1), strict=True):
+                for gradient in gradients:
+                    if gradient is not None:
+                        gradient *= scale
+        return found
+
+
+def _are_half(tensors: Tensors) -> bool:
+    """Half precision has to see the upstream gradient before it rounds."""
+    return any(x.dtype in (torch.float16, torch.bfloat16) for x in tensors)
+
+
+def _evaluate(
+    call: FusedCall, tensors: Tensors, into: Gradients, upstream: Tensor | None
+) -> Tensor:
+    """The losses, and the gradients wanted, of their sum if there is no upstream gradient."""
+    scores, (labels,), (weights,), *_, divisor = call.inputs(tensors)
+    of_scores, _, _, of_codes, *_ = call.inputs(into)
+    dtype = arithmetic_dtype(*scores, *call.inputs(tensors)[3])
+    by = _divisor(divisor, call.params["number"], dtype)
+    up = upstream.to(dtype).view(2, -1) if upstream is not None else None
+    out = torch.zeros((2, len(labels)), dtype=dtype)
+    sizes = [level.shape[1:3] for level in scores]
+    n_classes = scores[0].shape[-1] - 1
+    below: list[Tensor] = []
+    for image in range(len(labels)):
+        label, weight = labels[image : image + 1], weights[image : image + 1].to(dtype)
+        index = label.clamp(0, n_classes).to(torch.int64).unsqueeze(-1)
+        columns = [x[0] for x in by_level(index, sizes)]
+        below = below or [torch.empty_like(level[0], dtype=dtype) for level in scores]
+        rows = []
+        for level, column, exp in zip(scores, columns, below, strict=True):
+            x = level[image].to(dtype)
+            # Relative to the label's, as the loss is; or where that is far below to the largest.
+            top = at_label = x.gather(-1, column)
+            total = torch.sub(x, top, out=exp).exp_().sum(-1, keepdim=True)
+            is_far = total >= _FAR
+            if is_far.any():
+                top = torch.where(is_far, x.amax(-1, keepdim=True), at_label)
+                total = torch.sub(x, top, out=exp).exp_().sum(-1, keepdim=True)
+            cost = total.log() + (top - at_label)
+            rows.append(torch.stack([total.flatten(), cost.flatten()]))
+        total, cost = torch.cat(rows, 1).unsqueeze(1)
+        taken = _taken(cost, label, weight, n_classes, call.params["ratio"]) / by
+        out[0, image] = (cost * taken).masked_fill_(taken == 0, 0).sum()
+        scale = taken if up is None else taken * up[0, image]
+        unused = total.isnan() & (taken == 0)
+        parts = (by_level(x.unsqueeze(-1), sizes) for x in (-total, scale / total, unused))
+        each = zip(of_scores, columns, below, *parts, strict=True)
+        for gradients, column, exp, minus_total, factor, without in each:
+            if gradients is not None:
+                exp.scatter_add_(-1, column, minus_total[0])
+                torch.mul(exp, factor[0], out=gradients[image])
+                if without.any():
+                    gradients[image].masked_fill_(without[0], 0)
+    losses, slopes = _of_boxes_on_cpu(call, tensors, None if up is None else up[1], by + _EPS)
+    out[1] = losses
+    for gradient, slope in zip(of_codes, by_level(slopes, sizes), strict=True):
+        if gradient is not None:
+            gradient.copy_(slope)
+    return out.view(-1)
+
+
+def _of_boxes_on_cpu(
+    call: FusedCall, tensors: Tensors, upstream: Tensor | None, by: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """(N,) losses, and gradients by the codes (N, A, 4); few anchors have a box."""
+    *_, codes, anchors, (target,), weights, _ = call.inputs(tensors)
+    has_box = (weights[0] != 0).any(-1) if weights else _has_size(target)
+    at = has_box.nonzero(as_tuple=True)
+    box = torch.cat([level.detach().flatten(1, 2) for level in codes], 1)[at]
+    sides = weights[0][at] if weights else torch.ones_like(target[at])
+    others = tuple(x[at] for x in anchors), target[at], sides
+    names = "beta", "decode", "decode_constants"
+    with torch.enable_grad():
+        losses = _of_boxes(box.requires_grad_(), *others, *(call.params[name] for name in names))
+        losses = losses / by
+        up = torch.ones_like(losses) if upstream is None else upstream[at[0]]
+        (found,) = torch.autograd.grad(losses, box, up)
+    each = losses.new_zeros(has_box.shape)
+    each[at] = losses.detach()
+    gradients = found.new_zeros(target.shape)
+    gradients[at] = found
+    return each.sum(1), gradients
 
 
 mined.limited(distribution.two_bin.beyond)
@@ -153,7 +334,8 @@ class _Passes:
     ratio: int
     images: int
     anchors: int
-    rows: int
+    n_blocks: int
+    rows: tuple[Any, ...]
     arguments: dict[str, Any]
 
     def n_losses(self) -> int:
@@ -161,10 +343,6 @@ class _Passes:
 
     def n_found(self) -> int:
         return self.n_losses() + self.images * self.anchors
-
-    @property
-    def n_blocks(self) -> int:
-        return -(-self.anchors // self.rows)
 
     def forward(self, call: FusedCall, tensors: Tensors) -> tuple[Tensor, Tensor]:
         device = tensors[0].device
@@ -226,7 +404,8 @@ class _Passes:
             tensors[0].device,
             levels=call.levels(tensors, gradients),
             **{**none, **pointers},
-            n_rows=self.anchors,
+            rows=self.rows,
+            n_anchors=self.anchors,
             n_blocks=self.n_blocks,
             **self.arguments,
         )
@@ -235,12 +414,12 @@ class _Passes:
 @mined.triton
 def _(
     scores: tuple[Tensor, ...],
-    labels: Any,
-    weights: Any,
+    labels: tuple[Tensor, ...],
+    weights: tuple[Tensor, ...],
     codes: Any,
-    anchors: Any,
-    targets: Any,
-    box_weights: Any,
+    anchors: tuple[Tensor, ...],
+    targets: tuple[Tensor, ...],
+    box_weights: tuple[Tensor, ...],
     divisor: tuple[Tensor, ...],
     number: float,
     ratio: int,
@@ -248,19 +427,25 @@ def _(
     decode: str,
     decode_constants: tuple[float, ...],
 ) -> _Passes:
-    images, n_anchors, n_features = scores[0].shape
+    images, n_anchors = labels[0].shape
     two_bin: Any = distribution.two_bin
     tile = two_bin.launcher(scores[0], None, None, None)
+    sizes = [tuple(level.shape[1:3]) for level in scores]
+    of_rows = (labels, weights, anchors, targets, box_weights)
     return _Passes(
         divisor=divisor[0] if divisor else number,
         ratio=ratio,
         images=images,
         anchors=n_anchors,
-        rows=tile.rows,
+        n_blocks=sum(k * -(-n // tile.rows) for k, n in sizes),
+        rows=tuple((x[0], *x[0].stride()) if x else None for x in of_rows),
         arguments={
-            "n_features": n_features,
+            "sizes": tuple(n for _, n in sizes),
+            "SHAPES": tuple(k for k, _ in sizes),
+            "n_features": scores[0].shape[-1],
             "SIDES": ("smooth_l1", float(beta)),
             "CODE": (decode, *map(float, decode_constants)),
+            "N_LEVELS": len(sizes),
             "BR": tile.rows,
             **tile.constants,
         },

@@ -114,11 +114,14 @@ def positives(
     index = index.masked_fill(~found, 0)
     weight = found.to(dtype)
 
+    n_anchors = max(classes[0].shape[1], 1)
+    at = index // n_anchors, index % n_anchors
+
     def rows(x: Tensor) -> Tensor:
-        x = x.flatten(0, 1)
         # Where there is no anchor at all, one that is not found stands in.
-        x = x if len(x) else torch.nn.functional.pad(x, (0, 0, 0, 1))
-        return x.index_select(0, index)
+        if len(mask[0]) == 0:
+            x = torch.nn.functional.pad(x.flatten(0, 1), (0, 0, 0, 1)).unsqueeze(0)
+        return x[at]
 
     def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         kept = (target >= 0).to(dtype)
