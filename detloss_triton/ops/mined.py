@@ -20,7 +20,7 @@ from detloss_triton.engine import (
     new_gradients,
     power_of_2,
 )
-from detloss_triton.precision import arithmetic_dtype
+from detloss_triton.precision import arithmetic_dtype, at_least_float32
 
 from . import coding, distribution, regression, selection
 from .dense import is_object
@@ -184,7 +184,8 @@ def _of_boxes(
 ) -> Tensor:
     """(N,) losses of boxes (N, ..., 4) or of codes, by sides of their own weights."""
     if decode == "targets":
-        target = coding.delta_encode(anchors[0], target, decode_constants[:4], decode_constants[4:])
+        pair = at_least_float32(anchors[0]), at_least_float32(target)
+        target = coding.delta_encode(*pair, decode_constants[:4], decode_constants[4:])
     elif decode:
         box = coding.delta_decode(
             box,
