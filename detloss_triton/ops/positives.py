@@ -121,7 +121,8 @@ def positives(
         # Where there is no anchor at all, one that is not found stands in.
         if len(mask[0]) == 0:
             x = torch.nn.functional.pad(x.flatten(0, 1), (0, 0, 0, 1)).unsqueeze(0)
-        return x[at]
+        # Of maps, whose rows are not together, only those that are taken are copied.
+        return x.flatten(0, 1).index_select(0, index) if x.is_contiguous() else x[at]
 
     def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         kept = (target >= 0).to(dtype)
