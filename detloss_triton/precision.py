@@ -26,6 +26,11 @@ def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if has_double else torch.float32
 
 
+def are_half(*tensors: Tensor | None) -> bool:
+    """Whether one is, whose gradient must have its upstream factor before it is rounded."""
+    return any(x is not None and x.dtype in (torch.float16, torch.bfloat16) for x in tensors)
+
+
 def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x.to(dtype)`, for less where that is x."""
     return x if x.dtype == dtype else x.to(dtype)

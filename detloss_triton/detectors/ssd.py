@@ -119,10 +119,10 @@ class SSDLoss(PriorLoss):
         number = has_target.sum(1).clamp(min=1).sum()
         in_place = is_ours(self.criterion)
         is_decoded = getattr(self.criterion, "reg_decoded_bbox", False)
-        coder = self.coder if in_place and is_fused(self.coder, "encode") else None
+        # Of boxes that the criterion does not encode itself, weights say which of them count.
+        encodes = in_place and not is_decoded and is_fused(self.coder, "encode")
         boxes, box_weights = found.box, None
-        if is_decoded or coder is None:
-            coder = None
+        if not encodes:
             # Without a target a box is zeros, and one of no size has no logarithm.
             of_boxes = (boxes[..., 2:] > boxes[..., :2]).all(2, keepdim=True)
             box_weights = of_boxes.to(boxes.dtype).expand(boxes.shape)
@@ -132,7 +132,9 @@ class SSDLoss(PriorLoss):
         losses: dict[str, list[Tensor]]
         if in_place:
             codes = self.levels("bbox_pred", bbox_pred, 4)
-            losses = self.criterion.of_levels(scores, codes, *of_rows, coder)
+            losses = self.criterion.of_levels(
+                scores, codes, *of_rows, self.coder if encodes else None
+            )
         else:
             logits = self.rows("cls_score", cls_score, self.num_classes + 1)
             losses = self.criterion(logits, self.rows("bbox_pred", bbox_pred, 4), *of_rows)

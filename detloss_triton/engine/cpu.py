@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from detloss_triton.precision import arithmetic_dtype
+from detloss_triton.precision import are_half, arithmetic_dtype
 
 from .formula import TEMPORARIES, Call, Inputs
 
@@ -75,8 +75,7 @@ def found_in_forward(call: Call, inputs: Inputs) -> bool:
     Of losses that are summed every row will be asked for its gradient. A loss of each row may be
     asked for few rows only; and half precision has to see the upstream gradient before it rounds.
     """
-    half = any(x is not None and x.dtype in (torch.float16, torch.bfloat16) for x in inputs)
-    return call.is_summed and not call.op.values and not half
+    return call.is_summed and not call.op.values and not are_half(*inputs)
 
 
 def slices(n: int, width: int) -> Iterator[slice]:

@@ -157,9 +157,10 @@ class DetectionLoss:
             # transformers clips those of the last layer; made of distances, they may be beyond.
             pred_boxes = pred_boxes.clamp(min=0, max=1)
         last = {"pred_logits": logits, "pred_boxes": pred_boxes}
-        stacks = {"pred_logits": outputs_class, "pred_boxes": outputs_coord}
-        if outputs_class is None:  # DAB-DETR hands over boxes all the same
-            stacks = {}
+        stacks = {}
+        # DAB-DETR hands over boxes also where it has no logits of other layers.
+        if outputs_class is not None and outputs_coord is not None:
+            stacks = {"pred_logits": outputs_class, "pred_boxes": outputs_coord}
         if self.weights is None:
             outputs = self._with_denoising(last, layers_of(stacks, 1), others)
         else:
@@ -247,9 +248,9 @@ class _DFineOfTransformers(DFINECriterion):
         return super()._local(layers, found, norm, found[0][:1], *others, **named)
 
 
-def layers_of(stacks: Mapping[str, Tensor | None], dim: int) -> list[Layer]:
+def layers_of(stacks: Mapping[str, Tensor], dim: int) -> list[Layer]:
     """The layers that are stacked in each of some tensors; none without them."""
-    columns = [[] if x is None else x.unbind(dim) for x in stacks.values()]
+    columns = [x.unbind(dim) for x in stacks.values()]
     return [dict(zip(stacks, layer, strict=True)) for layer in zip(*columns, strict=True)]
 
 

@@ -20,7 +20,7 @@ from detloss_triton.engine import (
     new_gradients,
     power_of_2,
 )
-from detloss_triton.precision import arithmetic_dtype, at_least_float32
+from detloss_triton.precision import are_half, arithmetic_dtype, at_least_float32
 
 from . import coding, distribution, regression, selection
 from .dense import is_object
@@ -219,7 +219,7 @@ class _OnCpu:
     def forward(
         call: FusedCall, weight: None, tensors: Tensors, wanted: Sequence[bool]
     ) -> tuple[Tensor, Gradients | None]:
-        at_once = any(wanted) and not _are_half(tensors)
+        at_once = any(wanted) and not are_half(*tensors)
         into = new_gradients(tensors, wanted if at_once else [False] * len(tensors))
         return _evaluate(call, tensors, into, None), into if at_once else None
 
@@ -232,22 +232,17 @@ class _OnCpu:
         wanted: Sequence[bool],
         found: Gradients | None,
     ) -> Gradients:
-        are_half = _are_half(tensors)
+        half = are_half(*tensors)
         if found is None:
             found = new_gradients(tensors, wanted)
-            _evaluate(call, tensors, found, dout if are_half else None)
-        if not are_half and not (dout == 1).all():
+            _evaluate(call, tensors, found, dout if half else None)
+        if not half and not (dout == 1).all():
             scores, _, _, codes, *_ = call.inputs(found)
             for gradients, scale in zip((scores, codes), dout.view(2, -1, 1, 1, 1), strict=True):
                 for gradient in gradients:
                     if gradient is not None:
                         gradient *= scale
         return found
-
-
-def _are_half(tensors: Tensors) -> bool:
-    """Half precision has to see the upstream gradient before it rounds."""
-    return any(x.dtype in (torch.float16, torch.bfloat16) for x in tensors)
 
 
 def _evaluate(
