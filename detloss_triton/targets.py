@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .boxes import columns
 from .engine import power_of_2
+from .once import once
 from .ops.packing import pad
 from .precision import arithmetic_dtype, as_type, at_least_float32
 from .shapes import check_shapes
@@ -94,19 +95,12 @@ def pack(
     images: list[Any] = list(targets)
     if not images:
         raise ValueError(f"{place}: targets must hold one dictionary per image, got an empty list")
-    for i, target in enumerate(images):
-        _check(f"{place}: targets[{i}]", target)
-    counts = counts_of(images)
-    filled = [image for image, count in zip(images, counts, strict=True) if count]
-    device = (filled or images)[0]["boxes"].device if like is None else like.device
-    for i, (target, count) in enumerate(zip(images, counts, strict=True)):
-        for key in ("labels", "boxes"):
-            if count and target[key].device != device:
-                raise ValueError(
-                    f"{place}: targets[{i}][{key!r}] must be on {device}, got {target[key].device}"
-                )
-    labels = [as_type(image["labels"], torch.int64) for image in filled]
-    boxes_of = [_floating(image["boxes"], like) for image in filled]
+    of_images = [_labels_and_boxes(f"{place}: targets[{i}]", x) for i, x in enumerate(images)]
+    device = None if like is None else like.device
+    counts, device = _counts_and_device(place, of_images, device)
+    filled = [image for image, count in zip(of_images, counts, strict=True) if count]
+    labels = [as_type(of_image, torch.int64) for of_image, _ in filled]
+    boxes_of = [_floating(of_image, like) for _, of_image in filled]
     if not filled:
         labels = [torch.empty(0, dtype=torch.int64, device=device)]
         boxes_of = [torch.empty(0, 4, dtype=torch.float32, device=device)]
@@ -157,7 +151,8 @@ def normalised_targets(
     """
     height, width = image_size
     for i, target in enumerate(targets):
-        _check(f"normalised_targets: targets[{i}]", target)
+        place = f"normalised_targets: targets[{i}]"
+        _check(place, *_labels_and_boxes(place, target))
     out = []
     for target in targets:
         x1, y1, x2, y2 = columns(at_least_float32(target["boxes"].reshape(-1, 4)))
@@ -189,15 +184,42 @@ def counts_of(targets: Targets | Sequence[Mapping[str, Tensor]]) -> list[int]:
     return [target["labels"].numel() for target in targets]
 
 
-def _check(place: str, target: Any) -> None:
+def _labels_and_boxes(place: str, target: Any) -> tuple[Any, Any]:
+    """What is read of an image's targets."""
     if not isinstance(target, Mapping):
         raise TypeError(f"{place} must be a dictionary, got {type(target).__name__}")
-    for key in ("labels", "boxes"):
-        if target.get(key) is None:
-            raise ValueError(f"{place} must have a tensor {key!r}, got {list(target)}")
-        if not isinstance(target[key], Tensor):
-            raise TypeError(f"{place}[{key!r}] must be a tensor, got {type(target[key]).__name__}")
-    labels, boxes = target["labels"], target["boxes"]
+    labels, boxes = target.get("labels"), target.get("boxes")
+    if labels is None or boxes is None:
+        key = "labels" if labels is None else "boxes"
+        raise ValueError(f"{place} must have a tensor {key!r}, got {list(target)}")
+    return labels, boxes
+
+
+@once()
+def _counts_and_device(
+    place: str, images: Sequence[tuple[Any, Any]], device: torch.device | None
+) -> tuple[tuple[int, ...], torch.device]:
+    """How many boxes each image has, given (labels, boxes), and where; by default the first."""
+    for i, image in enumerate(images):
+        _check(f"{place}: targets[{i}]", *image)
+    counts = tuple(labels.numel() for labels, _ in images)
+    if device is None:
+        first = next((i for i, count in enumerate(counts) if count), 0)
+        device = images[first][1].device
+    for i, (image, count) in enumerate(zip(images, counts, strict=True)):
+        for key, x in zip(("labels", "boxes"), image, strict=True):
+            if count and x.device != device:
+                raise ValueError(
+                    f"{place}: targets[{i}][{key!r}] must be on {device}, got {x.device}"
+                )
+    return counts, device
+
+
+def _check(place: str, labels: Any, boxes: Any) -> None:
+    """Raise unless an image's labels and boxes are tensors that fit each other."""
+    for key, x in (("labels", labels), ("boxes", boxes)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{place}[{key!r}] must be a tensor, got {type(x).__name__}")
     n = labels.numel()
     if n and (labels.dim() != 1 or labels.is_floating_point()):
         raise ValueError(

@@ -55,7 +55,7 @@ def store_bins(tensor, at, value, m_row, BINS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["s_image", "n_images", "n_targets"])
 def aligned_kernel(
-    levels, p_out, p_dout, p_scale, sizes, target, score, anchors, targets,
+    levels, p_out, dout, p_scale, sizes, target, score, anchors, targets,
     s_image, n_images, n_targets, n_classes,
     BINS: tl.constexpr, CIOU: tl.constexpr, N_HEADS: tl.constexpr, BR: tl.constexpr,
     BC: tl.constexpr,
@@ -92,14 +92,14 @@ def aligned_kernel(
             weight = load_rows(score, at_anchor, m_object, 0.0)
 
             class_weight = tl.full([BR], 1.0, tl.float32)
-            if p_dout is not None:
-                class_weight *= upstream_of(p_dout, p_scale, i // PER_HEAD)
-            if (p_dout is None) or (dlogits is not None):
+            if dout is not None:
+                class_weight *= upstream_of(dout, p_scale, i // PER_HEAD)
+            if (dout is None) or (dlogits is not None):
                 total = class_rows(
                     (logits, dlogits, None), at, m_row, label, (weight, class_weight), n_classes,
                     ("bce",), BC,
                 )  # fmt: skip
-                if p_dout is None:
+                if dout is None:
                     put_sum(p_out, 0, tl.where(m_row, total, 0.0))
                     put_sum(p_out, 3, weight)
 
@@ -111,7 +111,7 @@ def aligned_kernel(
                 stride = tl.where(m_object, load(p_stride, m_object), 1.0)
                 p_target += targets[2]
                 s_target = tl.cast(targets[2], tl.int64)
-                if (p_dout is None) or (ddistances is not None):
+                if (dout is None) or (ddistances is not None):
                     x = load(p_centre, m_object) / stride
                     y = load(p_centre + s_centre, m_object) / stride
                     left, top, right, bottom = load_box(distances, at, m_object)
@@ -121,16 +121,16 @@ def aligned_kernel(
                     x2 = load(p_target + 2 * s_target, m_object) / stride
                     y2 = load(p_target + 3 * s_target, m_object) / stride
                     loss, by_box, _ = ciou_loss_and_grad(box, (x1, y1, x2, y2), CIOU[0], CIOU[1])
-                    if p_dout is None:
+                    if dout is None:
                         put_sum(p_out, 2, tl.where(m_object, weight * loss, 0.0))
                     else:
-                        up = weight * upstream_of(p_dout, p_scale, 2 * N_HEADS + i // PER_HEAD)
+                        up = weight * upstream_of(dout, p_scale, 2 * N_HEADS + i // PER_HEAD)
                         dx1, dy1, dx2, dy2 = masked(times(by_box, up), m_object)
                         store_box(ddistances, at, (-dx1, -dy1, dx2, dy2), m_row)
-                if (p_dout is None) or (ddistributions is not None):
+                if (dout is None) or (ddistributions is not None):
                     up = weight * 0.25
-                    if p_dout is not None:
-                        up *= upstream_of(p_dout, p_scale, N_HEADS + i // PER_HEAD)
+                    if dout is not None:
+                        up *= upstream_of(dout, p_scale, N_HEADS + i // PER_HEAD)
                     total = tl.zeros([BR], tl.float32)
                     for side in range(4):
                         centre = load(p_centre + side % 2 * s_centre, m_object) / stride
@@ -139,12 +139,12 @@ def aligned_kernel(
                         of_side = rows_of_side(distributions, side)
                         loss, dx = two_bins_and_grad(of_side, at, distance, m_object, BINS)
                         total += loss
-                        if p_dout is not None:
+                        if dout is not None:
                             dx = tl.where(m_object[:, None], up[:, None] * dx, 0.0)
                             store_bins(rows_of_side(ddistributions, side), at, dx, m_row, BINS)
-                    if p_dout is None:
+                    if dout is None:
                         put_sum(p_out, 1, tl.where(m_object, up * total, 0.0))
-            elif p_dout is None:
+            elif dout is None:
                 put_sum(p_out, 1, tl.zeros([BR], tl.float32))
                 put_sum(p_out, 2, tl.zeros([BR], tl.float32))
             else:

@@ -69,13 +69,14 @@ def put_sum(p_out, term, value):
 
 
 @triton.jit
-def upstream_of(p_dout, p_scale, loss):
-    return tl.load(p_dout + loss) * tl.load(p_scale + loss)
+def upstream_of(dout, p_scale, loss):
+    """The upstream gradient of a loss, times its factor; all losses' may be one number."""
+    return tl.load(dout[0] + loss * dout[1]) * tl.load(p_scale + loss)
 
 
 @triton.jit(do_not_specialize=["n_images"])
 def dense_kernel(
-    levels, p_out, p_dout, p_scale, sizes, n_images, n_classes,
+    levels, p_out, dout, p_scale, sizes, n_images, n_classes,
     CLASSES: tl.constexpr, BOXES: tl.constexpr, CODE: tl.constexpr, CENTRED: tl.constexpr,
     BACKGROUND: tl.constexpr, MIN_QUALITY: tl.constexpr, UNION_EPS: tl.constexpr,
     N_LEVELS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
@@ -120,9 +121,9 @@ def dense_kernel(
                 class_weight = tl.where(index == n_classes, BACKGROUND, class_weight)
             if CLASSES[0] == "bce":
                 class_weight = tl.where(index < 0, 0.0, class_weight)
-            if p_dout is not None:
-                class_weight *= upstream_of(p_dout, p_scale, i)
-            if (p_dout is None) or (dscores is not None):
+            if dout is not None:
+                class_weight *= upstream_of(dout, p_scale, i)
+            if (dout is None) or (dscores is not None):
                 total = class_rows(
                     (scores, dscores, mask), at, m_row, index, (score, class_weight), n_classes,
                     CLASSES, BC,
@@ -130,7 +131,7 @@ def dense_kernel(
             # Whatever a box of weight 0 holds, it adds nothing.
             m_used = m_object & (box_weight != 0.0)
             logit = load_rows(logits, at, m_object, 0.0)
-            if p_dout is None:
+            if dout is None:
                 put_sum(p_out, 0, tl.where(m_row, total, 0.0))
                 loss, _ = box_loss_and_grad(box, target, BOXES)
                 put_sum(p_out, 1, tl.where(m_used, box_weight * loss, 0.0))
@@ -143,11 +144,11 @@ def dense_kernel(
             else:
                 if dcodes is not None:
                     _, by_box = box_loss_and_grad(box, target, BOXES)
-                    up = box_weight * upstream_of(p_dout, p_scale, N_LEVELS + i)
+                    up = box_weight * upstream_of(dout, p_scale, N_LEVELS + i)
                     by_box = times(by_box, up)
                     store_box(dcodes, at, masked(by_code(by_box, slopes, CODE), m_used), m_row)
                 if dlogits is not None:
                     _, dx = bce_and_grad(logit, box_weight)
-                    dx *= upstream_of(p_dout, p_scale, 2 * N_LEVELS + i)
+                    dx *= upstream_of(dout, p_scale, 2 * N_LEVELS + i)
                     tl.store(row_pointers(dlogits, at), tl.where(m_object, dx, 0.0), mask=m_row)
         start += n_images * n_blocks

@@ -47,7 +47,7 @@ def of_shape(tensor, shape):
 
 @triton.jit(do_not_specialize=["n_anchors", "n_blocks"])
 def mined_kernel(
-    levels, rows, p_hardness, p_sums, p_dout, p_found, sizes, n_anchors, n_blocks, n_features,
+    levels, rows, p_hardness, p_sums, dout, p_found, sizes, n_anchors, n_blocks, n_features,
     SHAPES: tl.constexpr, SIDES: tl.constexpr, CODE: tl.constexpr, N_LEVELS: tl.constexpr,
     BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +81,7 @@ def mined_kernel(
             index = tl.load(row_pointers(labels, at_anchor), mask=m_row, other=-1)
             m_positive = m_row & (index >= 0) & (index < n_features - 1)
             m_negative = m_row & (index == n_features - 1)
-            if (p_dout is None) or (dcodes is not None):
+            if (dout is None) or (dcodes is not None):
                 if CODE[0] == "targets":
                     target = load_box(targets, at_anchor, m_row)
                     m_box = (target[2] > target[0]) & (target[3] > target[1])
@@ -100,16 +100,16 @@ def mined_kernel(
                 code = load_box(of_shape(codes, shape), at, m_box)
                 box, slopes = decoded(code, anchor, CODE)
                 loss, by_box = sides_and_grad(box, target, sides, SIDES)
-                if p_dout is None:
+                if dout is None:
                     put_sum(p_sums, 2, loss)
                 else:
-                    by_box = times(by_box, upstream_of(p_dout, p_found, n_images + image))
+                    by_box = times(by_box, upstream_of(dout, p_found, n_images + image))
                     by_box = masked(by_code(by_box, slopes, CODE), m_box)
                     store_box(of_shape(dcodes, shape), at, by_box, m_row)
-            if (p_dout is None) or (dscores is not None):
+            if (dout is None) or (dscores is not None):
                 weight = load_rows(weights, at_anchor, m_row, 1.0)
                 m_counts = m_positive | m_negative
-                if p_dout is not None:
+                if dout is not None:
                     p_mined = p_found + 2 * n_images + o_anchor
                     is_mined = tl.load(p_mined, mask=m_negative, other=0.0)
                     m_counts = m_positive | (is_mined != 0.0)
@@ -123,14 +123,14 @@ def mined_kernel(
                 x = load(p_scores, m_used[:, None] & m_column)
                 x = tl.where(m_column, x, float("-inf"))
                 loss, dx = two_bin_and_grad(x, is_label, is_label, 1.0, 0.0)
-                if p_dout is None:
+                if dout is None:
                     loss = tl.where(m_used, weight * loss, 0.0)
                     hardness = tl.where(m_negative, loss, float("-inf"))
                     tl.store(p_hardness + o_anchor, hardness, mask=m_row)
                     put_sum(p_sums, 0, tl.where(m_positive, loss, 0.0))
                     put_sum(p_sums, 1, tl.where(m_positive, 1.0, 0.0))
                 else:
-                    scale = weight * upstream_of(p_dout, p_found, image)
+                    scale = weight * upstream_of(dout, p_found, image)
                     dx = tl.where(m_used[:, None], scale[:, None] * dx, 0.0)
                     p_dscores = tile_pointers(of_shape(dscores, shape), at, column)
                     tl.store(p_dscores, dx, mask=m_row[:, None] & m_column)

@@ -52,7 +52,7 @@ def counting_bce(x, t):
 
 @triton.jit(do_not_specialize=["n_rows", "n_blocks", "n_targets"])
 def positives_kernel(
-    levels, p_out, p_dout, p_scale, p_counts, mask, targets, n_rows, n_blocks, n_targets, n_classes,
+    levels, p_out, dout, p_scale, p_counts, mask, targets, n_rows, n_blocks, n_targets, n_classes,
     BOXES: tl.constexpr, RAW: tl.constexpr, BLOCK: tl.constexpr, BR: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
@@ -66,25 +66,25 @@ def positives_kernel(
     m_found = is_set & (rank < n_targets)
     at_target = (0, tl.where(m_found, rank, 0).to(tl.int64))
 
-    if (p_dout is None) or (dobjectness is not None):
+    if (dout is None) or (dobjectness is not None):
         object_loss, by_logit = counting_bce(
             load_rows(objectness, at, m_row, 0.0), load_rows(of_objects, (0, number), m_row, 0.0)
         )
-        if p_dout is None:
+        if dout is None:
             put_sum(p_out, 2, tl.where(m_row, object_loss, 0.0))
         else:
-            by_logit *= upstream_of(p_dout, p_scale, 2)
+            by_logit *= upstream_of(dout, p_scale, 2)
             tl.store(row_pointers(dobjectness, at), by_logit, mask=m_row)
 
-    if (p_dout is None) or (dclasses is not None):
+    if (dout is None) or (dclasses is not None):
         total = tl.zeros([BR], tl.float32)
         scale = 0.0
         n_read = n_classes
-        if p_dout is None:
+        if dout is None:
             # Most programs have no positives.
             n_read = tl.where(n_set > 0, n_classes, 0)
         else:
-            scale = upstream_of(p_dout, p_scale, 0)
+            scale = upstream_of(dout, p_scale, 0)
         for start in range(0, n_read, BC):
             column = start + tl.arange(0, BC)
             m_column = (column < n_classes)[None, :]
@@ -94,28 +94,28 @@ def positives_kernel(
                 load(tile_pointers(classes, at, column), m_tile),
                 load(tile_pointers(of_classes, at_target, column), m_tile),
             )
-            if p_dout is None:
+            if dout is None:
                 total += tl.sum(tl.where(m_tile, loss, 0.0), axis=1)
             else:
                 dx = tl.where(m_tile, dx * scale, 0.0)
                 tl.store(tile_pointers(dclasses, at, column), dx, mask=m_row[:, None] & m_column)
-        if p_dout is None:
+        if dout is None:
             put_sum(p_out, 0, total)
 
-    if (p_dout is None) or (dboxes is not None):
+    if (dout is None) or (dboxes is not None):
         box = load_box(boxes, at, m_found)
         loss, by_box = box_loss_and_grad(box, load_box(of_boxes, at_target, m_found), BOXES)
-        if p_dout is None:
+        if dout is None:
             put_sum(p_out, 1, tl.where(m_found, loss, 0.0))
         else:
-            by_box = times(by_box, upstream_of(p_dout, p_scale, 1))
+            by_box = times(by_box, upstream_of(dout, p_scale, 1))
             store_box(dboxes, at, masked(by_box, m_found), m_row)
 
-    if (raw is not None) and ((p_dout is None) or (draw is not None)):
+    if (raw is not None) and ((dout is None) or (draw is not None)):
         box = load_box(raw, at, m_found)
         loss, by_box = box_loss_and_grad(box, load_box(of_raw, at_target, m_found), RAW)
-        if p_dout is None:
+        if dout is None:
             put_sum(p_out, 3, tl.where(m_found, loss, 0.0))
         else:
-            by_box = times(by_box, upstream_of(p_dout, p_scale, 3))
+            by_box = times(by_box, upstream_of(dout, p_scale, 3))
             store_box(draw, at, masked(by_box, m_found), m_row)

@@ -106,7 +106,7 @@ _COUNTS = ["s_labels", "s_targets", "n_queries", "n_targets"]
 
 @triton.jit(do_not_specialize=_COUNTS)
 def queries_kernel(
-    levels, p_out, p_dout, p_scale, matches, union, labels, targets,
+    levels, p_out, dout, p_scale, matches, union, labels, targets,
     s_labels, s_targets, n_queries, n_targets, n_classes,
     CLASSES: tl.constexpr, TERMS: tl.constexpr, BOXES: tl.constexpr, BR: tl.constexpr,
     BC: tl.constexpr,
@@ -161,14 +161,14 @@ def queries_kernel(
             label = tl.where(is_object, label, n_classes - 1)
             scale = tl.where(is_object, scale, scale * CLASSES[1])
         of_layer = (p_logits, 0, 0, logits[3])
-        if p_dout is None:
+        if dout is None:
             given = (score, scale)
             total = classes_of((of_layer, None), m_row, label, given, n_classes, CLASSES, BC)
             put_sum(p_out, TERMS[0], total)
             if TERMS[4] >= 0:
                 put_sum(p_out, TERMS[4], scale)
         elif dlogits is not None:
-            scale *= upstream_of(p_dout, p_scale, TERMS[0] * LAYERS + layer)
+            scale *= upstream_of(dout, p_scale, TERMS[0] * LAYERS + layer)
             by_layer = (p_dlogits, 0, 0, dlogits[3])
             given = (score, scale)
             classes_of((of_layer, by_layer), m_row, label, given, n_classes, CLASSES, BC)
@@ -182,7 +182,7 @@ def queries_kernel(
         weight = pair_weight(box, of_box, m_found, BOXES, BOXES[3])
         overlap *= weight
         by_corners = times(by_corners, weight)
-    if p_dout is None:
+    if dout is None:
         if TERMS[1] >= 0:
             put_sum(p_out, TERMS[1], tl.where(m_found, distance, 0.0))
         if TERMS[2] >= 0:
@@ -193,10 +193,10 @@ def queries_kernel(
         zero = tl.zeros([BR], tl.float32)
         by_box = (zero, zero, zero, zero)
         if TERMS[1] >= 0:
-            up = upstream_of(p_dout, p_scale, TERMS[1] * LAYERS + layer)
+            up = upstream_of(dout, p_scale, TERMS[1] * LAYERS + layer)
             by_box = added(by_box, times(by_distance, up))
         if TERMS[2] >= 0:
-            up = upstream_of(p_dout, p_scale, TERMS[2] * LAYERS + layer)
+            up = upstream_of(dout, p_scale, TERMS[2] * LAYERS + layer)
             by_overlap = by_deltas(by_corners, (1.0, 1.0, 0.5, 0.5))
             by_box = added(by_box, times(by_overlap, up))
         store_box((p_dboxes, 0, 0, dboxes[3]), (0, 0), masked(by_box, m_found), m_row)
@@ -242,14 +242,14 @@ def side_of(box, side):
 
 @triton.jit(do_not_specialize=["s_targets", "n_queries", "n_targets", "n_taught"])
 def localisation_kernel(
-    levels, p_out, p_dout, p_scale, matches, targets, constants,
+    levels, p_out, dout, p_scale, matches, targets, constants,
     s_targets, n_queries, n_targets, n_bins, n_scores, n_taught,
     TERMS: tl.constexpr, TEMPERATURE: tl.constexpr, EPS: tl.constexpr, BR: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
     """BR sides of boxes of an image and layer: two bins and distillation, in tiles of whole rows.
 
-    constants: up, reg_scale, (share of matched sides, of others). TERMS: which sum is of the bins,
+    constants: up, reg_scale, shares of matched sides and others. TERMS: which sum is of the bins,
     the distillation and the number of matched queries, -1 for none; then how many layers there
     are. EPS: the least union, what is added to a size.
     """
@@ -295,8 +295,10 @@ def localisation_kernel(
         m_other = m_taught & (m_found == 0)
         best = best_of_row((p_scores, 0, 0, scores[3]), (0, 0), m_other, n_scores, 16)
         _, confidence, _ = logistic(best)
-        of_matched = iou * tl.load(constants[2])
-        weight = tl.where(m_found, of_matched, confidence * tl.load(constants[2] + 1))
+        of_matched = iou * tl.load(constants[2][0])
+        weight = tl.where(
+            m_found, of_matched, confidence * tl.load(constants[2][0] + constants[2][1])
+        )
         m_taught = m_taught & (weight != 0.0)
     else:
         m_taught = m_row & False
@@ -319,21 +321,21 @@ def localisation_kernel(
         is_left, is_right, right = bins_of_target(distance, positions, m_column, n_bins)
         logits = tl.where(m_column[None, :], x, float("-inf"))
         loss, dx = two_bin_and_grad(logits, is_left, is_right, (1 - right)[:, None], right[:, None])
-        if p_dout is None:
+        if dout is None:
             put_sum(p_out, TERMS[0], tl.where(m_bins, iou * loss, 0.0))
         else:
-            by_loss = iou * upstream_of(p_dout, p_scale, TERMS[0] * LAYERS + layer)
+            by_loss = iou * upstream_of(dout, p_scale, TERMS[0] * LAYERS + layer)
             by_x += tl.where(m_bins[:, None], by_loss[:, None] * dx, 0.0)
     if TERMS[1] >= 0:
         m_tile = m_taught[:, None] & m_column[None, :]
         t = load(p_teachers[:, None] + entry * teachers[3], m_tile)
         loss, dx = distillation_and_grad(x, t, m_column[None, :], TEMPERATURE)
-        if p_dout is None:
+        if dout is None:
             put_sum(p_out, TERMS[1], tl.where(m_taught, weight * loss, 0.0))
         else:
-            by_loss = weight * upstream_of(p_dout, p_scale, TERMS[1] * LAYERS + layer)
+            by_loss = weight * upstream_of(dout, p_scale, TERMS[1] * LAYERS + layer)
             by_x += tl.where(m_tile, by_loss[:, None] * dx, 0.0)
-    if p_dout is None:
+    if dout is None:
         if TERMS[2] >= 0:
             put_sum(p_out, TERMS[2], tl.where(m_found & (side == 0), 1.0, 0.0))
     elif dcorners is not None:

@@ -38,7 +38,8 @@ def programs_of(segment, blocks, n_repeats, N_BLOCKS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_repeats", "n_segments", "n_programs"])
 def totals_kernel(
-    p_sums, p_divisor, p_out, p_scale, blocks, divisor, n_repeats, n_segments, n_programs,
+    p_sums, p_divisor, p_out, p_scale, blocks, divisor, s_divisor, n_repeats, n_segments,
+    n_programs,
     TERMS: tl.constexpr, N_TERMS: tl.constexpr, N_BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A loss of a segment per program, and the factor that its gradient takes.
@@ -63,7 +64,7 @@ def totals_kernel(
                     by = tl.load(p_divisor).to(tl.float32)
                 scale = scale / (by + TERMS[t][2])
             elif TERMS[t][1] == SECOND:
-                scale = scale / tl.load(p_divisor + 1).to(tl.float32)
+                scale = scale / tl.load(p_divisor + s_divisor).to(tl.float32)
             elif TERMS[t][1] == SUM:
                 row = p_sums + TERMS[t][2] * n_programs
                 by = sum_of(row, 0, n_programs, BLOCK)

@@ -25,7 +25,7 @@ FLOORS = (
     ("backend", "boxes", "shapes"),
     ("recorder", "signature"),
     ("engine",),
-    ("validate", "reduction"),
+    ("validate", "reduction", "once"),
     ("ops",),
     ("losses", "functional", "coders", "matchers", "targets", "vec2box", "anchors", "assigners"),
     ("denoising",),

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from cases import NAMES, assert_same, case
-from machine import CPU, INTERPRETED
+from machine import CPU, INTERPRETED, needs_triton
 from test_ops import assert_no_worse, cast, changed, over, over_dtypes, samples
 from torch import Tensor
 
 from detloss_triton import use_backend
+from detloss_triton.backend import record_launches
 from detloss_triton.coders import DeltaXYWHBBoxCoder
 from detloss_triton.engine import REGISTRY, FusedOp, Sample, as_rows, mapped, tensors_of
 
@@ -140,6 +141,13 @@ def test_losses_one_by_one(tested: FusedOp, backend: str, device: torch.device) 
         found = torch.autograd.grad(scaled, leaves, upstream_for(whole), **how)
         expected = torch.autograd.grad(whole, leaves, upstream_for(whole) * factors, **how)
         assert all(map(torch.equal, found, expected))
+    # What a sum hands down is one number to all of them.
+    losses, one = tested.unbound(*given.inputs, **given.params), torch.tensor(0.5, device=device)
+    expected = torch.autograd.grad(whole, leaves, one.expand_as(whole), retain_graph=True)
+    for how in ({"retain_graph": True}, {"create_graph": True}):
+        found = torch.autograd.grad(losses, leaves, [one] * len(losses), **how)
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y)
 
 
 @over_fused
@@ -208,6 +216,70 @@ def test_every_output_is_written(tested: FusedOp, backend: str, device: torch.de
     for rows in (33, 1, 0):
         for sample in samples(tested, rows, device)[:2]:
             assert all(x.isfinite().all() for x in computed(tested, tested, sample))
+
+
+def misaligned(x: Tensor) -> Tensor:
+    """The same numbers, from an address that is no multiple of 16."""
+    return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+
+
+@over_fused
+def test_what_is_known_of_a_layout_is_of_that_layout(
+    tested: FusedOp, backend: str, device: torch.device
+) -> None:
+    """Of tensors with other values, addresses and layouts, in turns, and another number."""
+    sample = samples(tested, 9, device)[0]
+    others = [sample.changed(change) for change in (torch.clone, channels_first, spread)]
+    others += [sample.changed(lambda x: x * 0.75 if x.is_floating_point() else x)]
+    others += [sample.changed(misaligned)]
+    if "number" in sample.params:
+        number = {"number": 3 * sample.params["number"]}
+        others.append(Sample(sample.inputs, {**sample.params, **number}))
+    expected = []
+    for other in others:
+        tested.signatures.clear()
+        expected.append(computed(tested, tested, other))
+    for _ in range(2):
+        for other, before in zip(others, expected, strict=True):
+            assert all(map(torch.equal, computed(tested, tested, other), before))
+
+
+def test_one_tensor_may_be_two_inputs_in_one_call_only(backend: str, device: torch.device) -> None:
+    tested = REGISTRY["queries"]
+    assert isinstance(tested, FusedOp)
+    sample = samples(tested, 12, device)[1]
+    logits, boxes, (matches,), (union,), *others = sample.inputs
+    tested.signatures.clear()
+    own = matches[:1]
+    for of_boxes in (own, union):
+        given = Sample((logits, boxes, (own,), (of_boxes,), *others), sample.params)
+        assert_exact(tested, given)
+
+
+def tensors_in(x: Any) -> Iterator[Tensor]:
+    """Those in containers, and in objects of this library, but for ops."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, (list, tuple, dict)):
+        for entry in x.values() if isinstance(x, dict) else x:
+            yield from tensors_in(entry)
+    elif type(x).__module__.startswith("detloss_triton") and not isinstance(x, FusedOp):
+        yield from tensors_in(vars(x))
+
+
+@needs_triton
+def test_signatures_are_few_and_hold_no_tensor() -> None:
+    tested = REGISTRY["positives"]
+    assert isinstance(tested, FusedOp)
+    with record_launches():
+        for rows in range(300):
+            sample = samples(tested, rows, CPU)[0]
+            tested(*sample.inputs, **sample.params)
+    assert 0 < len(tested.signatures) <= 256
+    known = list(tested.signatures.items())
+    assert not list(tensors_in(known))
+    known[0][1].kept = sample.inputs
+    assert list(tensors_in(known))
 
 
 @over_fused

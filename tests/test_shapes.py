@@ -16,8 +16,8 @@ from trees import leaves, mapped
 import detloss_triton as dt
 from detloss_triton.bench.batches import DENSE as BUILDERS
 from detloss_triton.bench.batches import STRIDES
-from detloss_triton.criteria.arguments import once
 from detloss_triton.criteria.levels import check_maps
+from detloss_triton.once import once
 from detloss_triton.shapes import check_shapes
 
 # What says how many images, anchors and positives there are: if it is wrong, others do not fit it.

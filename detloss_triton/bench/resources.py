@@ -221,8 +221,9 @@ def jobs(targets: tuple[str, ...], quick: bool) -> Iterator[tuple[Row, backend.L
         seen = set()
         for variant in plan(target, quick):
             for launch in variant.launches():
-                backward = launch.arguments.get("p_dout") is not None
-                if quick and target != MAIN and not backward and "p_dout" in launch.arguments:
+                upstream = {"dout", "p_dout"} & {*launch.arguments}
+                backward = any(launch.arguments[name] is not None for name in upstream)
+                if quick and target != MAIN and not backward and upstream:
                     continue
                 key = aot.variant(launch.kernel, launch.arguments)
                 if key in seen:

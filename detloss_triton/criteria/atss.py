@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from detloss_triton.boxes import centerness
 from detloss_triton.losses import CrossEntropyLoss, CrossSigmoidFocalLoss, QualityFocalLoss
+from detloss_triton.once import once
 from detloss_triton.ops.dense import MIN_QUALITY, dense, is_object
 from detloss_triton.ops.regression import iou_loss
 from detloss_triton.precision import as_indices, at_least_float32
@@ -27,7 +28,7 @@ from detloss_triton.validate import (
     enabled,
 )
 
-from .arguments import constants, once, precision_of
+from .arguments import constants, precision_of
 from .levels import (
     BOX_TERMS,
     ONE,

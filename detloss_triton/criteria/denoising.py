@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detloss_triton.once import once
 from detloss_triton.ops.packing import denoising_map, padded, padded_index
 from detloss_triton.shapes import check_counts, check_mapping, check_shapes
 from detloss_triton.targets import Targets, counts_of, pack
@@ -144,6 +145,13 @@ def _by_image(positives: Any, n_images: int, device: torch.device, place: str) -
         )
     is_number = isinstance(positives, Tensor) and positives.dim() == 0
     rows: Sequence[Any] = [positives] if is_number else list(positives)
+    _check_rows(rows, n_images, device, place)
+    return rows
+
+
+@once()
+def _check_rows(rows: Sequence[Any], n_images: int, device: torch.device, place: str) -> None:
+    """Raise ValueError unless they are the indices of queries of each image."""
     shapes = [tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__ for p in rows]
     if len(rows) != n_images or not all(map(_is_row, rows)):
         raise ValueError(
@@ -152,7 +160,6 @@ def _by_image(positives: Any, n_images: int, device: torch.device, place: str) -
         )
     for image, row in enumerate(rows):
         _check_indices(f"{place}: dn_positive_idx[{image}]", row, device)
-    return rows
 
 
 def _is_row(x: Any) -> bool:
@@ -169,6 +176,7 @@ def _check_indices(place: str, indices: Tensor, device: torch.device) -> None:
         raise ValueError(f"{place} must be on {device}, got {indices.device}")
 
 
+@once()
 def _check_numbers(
     positives: Sequence[Tensor], counts: Sequence[int], groups: int, place: str
 ) -> None:

@@ -19,7 +19,6 @@ from .set_prediction import (
     AnyTargets,
     Layers,
     Matches,
-    NamedLayers,
     Output,
     SetCriterion,
     Step,
@@ -221,12 +220,10 @@ class DFINECriterion(LocalByLayer, ours=True):
             return ()
         return tuple(as_norm(outputs[key], outputs["pred_boxes"]) for key in ("up", "reg_scale"))
 
-    def _check_shapes(self, main: NamedLayers, denoising: NamedLayers = ()) -> None:
-        super()._check_shapes(main, denoising)
-        if not _has_corners([output for _, output in (*main, *denoising)]):
+    def _check_numbers(self, outputs: Output, layers: Sequence[Output]) -> None:
+        if not _has_corners(layers):
             return
-        name, (_, outputs) = type(self).__name__, main[0]
-        device = outputs["pred_logits"].device
+        name, device = type(self).__name__, outputs["pred_logits"].device
         for key in ("up", "reg_scale"):
             number = outputs.get(key)
             if number is None:

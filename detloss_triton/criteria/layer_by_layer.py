@@ -120,10 +120,10 @@ class LayerByLayer(SetCriterion):
         """One layer, matched by (query indices, target indices) per image, and its normaliser."""
         name = type(self).__name__
         check_mapping(name, outputs=outputs)
-        self._check_shapes([("", outputs)])
+        dtype = self._check_shapes([("", outputs)])
         (layers,) = layers_by_shape([("", outputs)])
         first = layers.boxes[0]
-        targets = constants(targets, self._precision([("", outputs)]))
+        targets = constants(targets, dtype)
         packed = pack(targets, name, first)
         check_images(name, packed, len(first))
         self._check_num_boxes(num_boxes)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from detloss_triton.once import once
 from detloss_triton.ops.dense import dense, is_object, joined
 from detloss_triton.precision import as_indices, at_least_float32
 from detloss_triton.reduction import rank_means
@@ -25,7 +26,7 @@ from detloss_triton.validate import (
     enabled,
 )
 
-from .arguments import constants, once, precision_of
+from .arguments import constants, precision_of
 from .levels import (
     BOX_TERMS,
     ONE,

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from detloss_triton.engine import FusedOp
 from detloss_triton.matchers import HungarianMatcher
+from detloss_triton.once import once
 from detloss_triton.ops.queries import queries
 from detloss_triton.precision import arithmetic_dtype, as_values
 from detloss_triton.ranks import are_several
@@ -41,7 +42,7 @@ from detloss_triton.validate import (
 )
 from detloss_triton.warn import warn_once
 
-from .arguments import constants, once, precision_of
+from .arguments import constants, precision_of
 from .denoising import Positives, positives_of, prepared
 from .levels import has_hooks
 from .matches import map_of_indices
@@ -292,9 +293,9 @@ class SetCriterion(nn.Module):
         denoising = self._further(outputs, self.denoising_layers)
         if denoising and outputs.get("dn_meta") is None:
             raise ValueError(f"{name}: outputs has denoising layers and so must have 'dn_meta'")
-        targets = constants(targets, self._precision([*main, *denoising]))
+        dtype = self._check_shapes(main, denoising)
+        targets = constants(targets, dtype)
         packed = pack(targets, name, boxes if isinstance(boxes, Tensor) else None)
-        self._check_shapes(main, denoising)
         check_images(name, packed, outputs["pred_logits"].shape[0])
         positives = None
         if denoising:
@@ -325,10 +326,10 @@ class SetCriterion(nn.Module):
         """Of queries, each of which is matched by itself; in evaluation there is one."""
         return self.group_detr if self.training else 1
 
-    def _precision(self, layers: NamedLayers) -> torch.dtype:
-        """What is computed in, as predictions are; where "triton" was asked for not float64."""
+    def _refuse_double(self, layers: NamedLayers) -> None:
+        """Raise RuntimeError for predictions of float64 where "triton" was asked for by name."""
         keys = [key for key in self.entries if key.startswith("pred_")]
-        return precision_of(
+        precision_of(
             self, **{f"outputs{suffix} {key}": o.get(key) for suffix, o in layers for key in keys}
         )
 
@@ -505,8 +506,9 @@ class SetCriterion(nn.Module):
         """Of a query: the last is of no object, where there is a softmax."""
         return self.num_classes + (self.formula == "softmax")
 
-    def _check_shapes(self, main: NamedLayers, denoising: NamedLayers = ()) -> None:
+    def _check_shapes(self, main: NamedLayers, denoising: NamedLayers = ()) -> torch.dtype:
         """Check that all layers are of the same images and classes; of a kind, of as many queries.
+        Answers what is computed in.
 
         Raises:
             TypeError, ValueError: for a missing entry or a wrong shape; they name layer and entry.
@@ -515,17 +517,20 @@ class SetCriterion(nn.Module):
             [(suffix, [output.get(key) for key in self.entries]) for suffix, output in layers]
             for layers in (main, denoising)
         ]
-        self._check_entries(*every)
+        dtype = self._check_entries(*every)
+        if dtype == torch.float64:
+            self._refuse_double([*main, *denoising])
+        return dtype
 
     @once("num_classes", "formula", "entries", "reg_max")
-    def _check_entries(self, main: Any, denoising: Any) -> None:
+    def _check_entries(self, main: Any, denoising: Any) -> torch.dtype:
         """As `_check_shapes`, of (suffix, values of the `entries`)."""
         name = type(self).__name__
         arguments: dict[str, tuple[Tensor, tuple[str | int, ...]]] = {}
         named = [(self._queries(suffix), suffix, values) for suffix, values in main]
         named += [("denoising Q", suffix, values) for suffix, values in denoising]
-        for n_queries, suffix, values in named:
-            output = dict(zip(self.entries, values, strict=True))
+        outputs = [dict(zip(self.entries, values, strict=True)) for _, _, values in named]
+        for (n_queries, suffix, _), output in zip(named, outputs, strict=True):
             widths = self._widths(output)
             for key in widths:
                 if output.get(key) is None:
@@ -546,6 +551,11 @@ class SetCriterion(nn.Module):
             for key, width in widths.items():
                 arguments[f"outputs{suffix} {key}"] = output[key], ("B", n_queries, width)
         check_shapes(name, **arguments)
+        self._check_numbers(outputs[0], outputs)
+        return arithmetic_dtype(*(x for key, (x, _) in arguments.items() if " pred_" in key))
+
+    def _check_numbers(self, outputs: Output, layers: Sequence[Output]) -> None:
+        """Raise unless the outputs have what numbers their layers need."""
 
     def _check_values(
         self,
@@ -587,8 +597,12 @@ class SetCriterion(nn.Module):
     def _check_weights(self) -> None:
         """Raise TypeError for a weight that is no number; warn of those that weigh nothing, and
         where no classification loss has one."""
-        name, weights = type(self).__name__, self.weight_dict
-        check_mapping(name, weight_dict=weights)
+        check_mapping(type(self).__name__, weight_dict=self.weight_dict)
+        self._check_weights_of(self.weight_dict)
+
+    @once("losses", "other_losses")
+    def _check_weights_of(self, weights: Mapping[str, Any]) -> None:
+        name = type(self).__name__
         check_numbers(name, **{f"weight_dict[{key!r}]": weight for key, weight in weights.items()})
         unknown = [str(key) for key in weights if key not in self.loss_names]
         faults = []

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from detloss_triton.engine import unbound
 from detloss_triton.losses import BCELoss, BoxLoss, DFLoss
 from detloss_triton.matchers import BoxMatcher
+from detloss_triton.once import once
 from detloss_triton.ops.aligned import aligned, class_norm
 from detloss_triton.ops.regression import Rules, check_rules
 from detloss_triton.settings import described
@@ -27,7 +28,7 @@ from detloss_triton.vec2box import (
     why_no_fit,
 )
 
-from .arguments import constants, once, precision_of
+from .arguments import constants, precision_of
 from .levels import has_hooks
 
 

@@ -14,6 +14,7 @@ dimensions; or (`row_map`) to a few values each, which are returned. The registr
 `detloss check` and the benchmarks walk.
 """
 
+from .calls import FusedCall
 from .cpu import slices
 from .dispatch import DirectOp, FusedOp, RowOp, direct, fused_op, row_loss, row_map, unbound
 from .formula import (
@@ -21,7 +22,6 @@ from .formula import (
     TOLERANCE,
     Call,
     Formula,
-    FusedCall,
     Given,
     Input,
     Sample,
@@ -38,10 +38,12 @@ from .fused import (
     SECOND,
     SUM,
     Gradients,
+    Passes,
     Plan,
     Sum,
     Tensors,
     new_gradients,
+    upstream,
 )
 from .gpu import TILE, Tile, power_of_2
 from .modes import host_sees
@@ -64,6 +66,7 @@ __all__ = [
     "Given",
     "Gradients",
     "Input",
+    "Passes",
     "Plan",
     "RowOp",
     "Sample",
@@ -83,4 +86,5 @@ __all__ = [
     "slices",
     "tensors_of",
     "unbound",
+    "upstream",
 ]

@@ -8,21 +8,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from detloss_triton import backend
-from detloss_triton.precision import READABLE, as_indices, as_values
+from detloss_triton.precision import as_indices, as_values
 
 from . import cpu, fused, gpu, graph, modes, traced
+from .calls import call_of
 from .formula import (
     TEMPORARIES,
     Call,
     Formula,
-    FusedCall,
     FusedFormula,
     Given,
     Input,
@@ -73,7 +73,7 @@ class RowOp(RowFormula):
         first = inputs[0]
         assert first is not None
         _check_devices(self, first, inputs)
-        chosen = _chosen(self, first, inputs)
+        chosen = _chosen_for(self, first, inputs)
         if chosen == "torch":
             if modes.is_transformed() or not backend.is_cpu(first.device):
                 return call.whole(weight, *inputs)
@@ -116,11 +116,7 @@ class _Evaluated(torch.autograd.Function):
         kept, weight, *inputs = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
         again = torch.is_grad_enabled() and not modes.is_compiling()
-        dout = douts[0].view(1) if ctx.is_apart else douts[0]
-        if len(douts) > 1:
-            dout = torch.stack(
-                [x.view(()) if x.dim() else x for x in douts] if ctx.call.apart else douts
-            )
+        dout = _together(douts) if ctx.is_apart else douts[0]
         if again or modes.is_transformed(dout):
             leaves = [x for x, want in zip(inputs, wanted, strict=True) if want]
             with torch.enable_grad():
@@ -130,6 +126,14 @@ class _Evaluated(torch.autograd.Function):
         found, ctx.found = ctx.found if kept is None else kept, None
         gradients = ctx.evaluator.backward(ctx.call, weight, tuple(inputs), dout, wanted, found)
         return None, None, None, *gradients
+
+
+def _together(douts: Sequence[Tensor]) -> Tensor:
+    """Upstream gradients of losses (n,), each (1,) or (): what a sum hands down is one number."""
+    first = douts[0]
+    if all(x is first for x in douts):
+        return first.view(()).expand(len(douts))
+    return torch.stack([x.view(()) if x.dim() else x for x in douts])
 
 
 class DirectOp(Formula):
@@ -155,7 +159,7 @@ class DirectOp(Formula):
         tensors = tensors_of(inputs)
         run = self.operator or self._on_torch
         _check_devices(self, tensors[0], tensors)
-        if self.launcher and _chosen(self, tensors[0], tensors) == "triton":
+        if self.launcher and _chosen_for(self, tensors[0], tensors) == "triton":
             run = self.launcher
         if any(x.requires_grad for x in tensors):
             inputs = mapped(Tensor.detach, inputs)
@@ -173,7 +177,7 @@ class DirectOp(Formula):
 class FusedOp(FusedFormula):
     """Losses (n,) of many tensors at once. Each input is a tuple of tensors, perhaps none."""
 
-    def triton(self, launcher: Callable[..., Any]) -> Callable[..., Any]:
+    def triton(self, launcher: Callable[[Any], Any]) -> Callable[[Any], Any]:
         super().triton(launcher)
         if self.in_graphs:
             graph.declare_fused(self)
@@ -194,24 +198,29 @@ class FusedOp(FusedFormula):
         params: dict[str, Any],
         apart: int | None = None,
     ) -> Any:
-        tensors = tuple([x for given in inputs for x in given])
+        is_compiling, is_transformed = modes.is_compiling(), modes.is_transformed()
+        is_kept = not is_compiling and not is_transformed
+        call, tensors = call_of(self, inputs, params, apart, is_kept)
         device = tensors[0].device
-        if any(x.dtype not in READABLE or x.device != device for x in tensors):
+        if not call.signature.is_readable:
             inputs = tuple(tuple(as_values(_placed(x, device)) for x in given) for given in inputs)
-            tensors = tuple(x for given in inputs for x in given)
+            call, tensors = call_of(self, inputs, params, apart, is_kept)
             _check_devices(self, tensors[0], tensors)
-        evaluator: Any = graph.of_fused if modes.is_compiling() else fused
-        traced = modes.is_compiling() and not self.in_graphs
-        if traced or _chosen(self, tensors[0], tensors) == "torch":
+        evaluator: Any = graph.of_fused if is_compiling else fused
+        traced, known = is_compiling and not self.in_graphs, call.signature
+        if traced or (
+            _chosen(self.name, device, known.dtypes, lambda: known.beyond, is_transformed)
+            == "torch"
+        ):
             evaluator = self.cpu_form if modes.host_sees(device) else None
             if evaluator is None:
                 return self.reference(*self.rows(inputs), **params)
-        if any(self.dims):
-            inputs = self.rows(inputs, None if modes.is_compiling() else is_walkable)
-            tensors = tuple([x for given in inputs for x in given])
-        call = FusedCall(self, params, tuple(map(len, inputs)), apart)
-        if modes.is_compiling():
+        if is_compiling:
+            if any(self.dims):
+                call, tensors = call_of(self, self.rows(inputs), params, apart, is_kept)
             tensors = _apart(tensors)
+        elif not known.is_walkable:
+            call, tensors = call_of(self, self.rows(inputs, is_walkable), params, apart)
         if not is_differentiated(tensors):
             out, _ = evaluator.forward(call, None, tensors, [False] * len(tensors))
             return out
@@ -257,23 +266,33 @@ def _check_devices(op: Formula, first: Tensor, inputs: Sequence[Tensor | None]) 
             )
 
 
-def _chosen(op: Formula, first: Tensor, inputs: Sequence[Tensor | None]) -> str:
-    """The backend to run on; "auto" takes torch for what is beyond the kernel, and warns.
+def _chosen(
+    name: str,
+    device: torch.device,
+    dtypes: Collection[torch.dtype],
+    beyond: Callable[[], str],
+    is_transformed: bool,
+) -> str:
+    """The backend an op runs on; "auto" takes torch for what is beyond its kernel, and warns.
 
     Raises:
         RuntimeError: where "triton" was asked for and cannot run.
     """
-    device = first.device
-    dtypes = {x.dtype for x in inputs if x is not None}
-    hindrance = _TRANSFORMED if modes.is_transformed() else ""
+    hindrance = _TRANSFORMED if is_transformed else ""
     chosen = backend.choose(device, dtypes, hindrance)
-    reason = op.beyond(*inputs) if chosen == "triton" else ""
+    reason = beyond() if chosen == "triton" else ""
     if not reason:
         return chosen
     if not backend.is_auto():
         raise RuntimeError(f"backend 'triton' was requested but cannot run: {reason}")
-    backend.warn_of_torch(device, f"{op.name}: {reason}", kind=op.name)
+    backend.warn_of_torch(device, f"{name}: {reason}", kind=name)
     return "torch"
+
+
+def _chosen_for(op: Formula, first: Tensor, inputs: Sequence[Tensor | None]) -> str:
+    dtypes = {x.dtype for x in inputs if x is not None}
+    beyond, is_transformed = lambda: op.beyond(*inputs), modes.is_transformed()
+    return _chosen(op.name, first.device, dtypes, beyond, is_transformed)
 
 
 def row_loss(
@@ -311,14 +330,17 @@ def fused_op(
     samples: Callable[..., Iterator[Sample]],
     in_graphs: bool = True,
     maps: Mapping[str, int] | None = None,
+    is_of_layers: bool = False,
 ) -> Callable[[Callable[..., Tensor]], FusedOp]:
     """Declare the decorated torch reference, made of small ops, as one that has its own kernels.
 
     Its inputs, tuples of tensors, come first. A kernel takes `levels` of them level by level; the
     `gradients` of some are defined. Unless it is to be called `in_graphs`, a compiler fuses the
-    reference. Some may be given as `maps`, for which see `FusedFormula`.
+    reference. Some may be given as `maps`, for which and `is_of_layers` see `FusedFormula`.
     """
-    return lambda reference: FusedOp(reference, samples, levels, gradients, in_graphs, maps)
+    return lambda reference: FusedOp(
+        reference, samples, levels, gradients, in_graphs, maps, is_of_layers
+    )
 
 
 def direct(

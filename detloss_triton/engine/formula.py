@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -278,7 +278,7 @@ def row_shape(x: Tensor, dim: int) -> tuple[int, ...]:
     return (image, height * width, *features[::-1])[:dim]
 
 
-def _row_strides(x: Tensor, dim: int) -> tuple[int, ...]:
+def row_strides(x: Tensor, dim: int) -> tuple[int, ...]:
     if not dim or x.dim() == dim:
         return x.stride()
     image, *features, _, cell = x.stride()
@@ -295,6 +295,7 @@ class FusedFormula(Formula):
         in_graphs: whether a compiled graph calls the kernels, or fuses the reference.
         maps: inputs that may be given as maps, see `as_rows`, with the dimensions of their rows. A
             kernel walks a map where it lies, which saves autograd the views.
+        is_of_layers: whether one body of code takes all levels, so that it matters how they lie.
     """
 
     def __init__(
@@ -305,6 +306,7 @@ class FusedFormula(Formula):
         gradients: tuple[str, ...],
         in_graphs: bool = True,
         maps: Mapping[str, int] | None = None,
+        is_of_layers: bool = False,
     ) -> None:
         super().__init__(reference, samples)
         annotations = inspect.signature(reference).parameters.values()
@@ -314,6 +316,9 @@ class FusedFormula(Formula):
         self.of_gradients = [self.inputs.index(name) for name in gradients]
         self.in_graphs = in_graphs
         self.dims = [(maps or {}).get(name, 0) for name in self.inputs]
+        self.is_of_layers = is_of_layers
+        # What is known of calls, see `calls`.
+        self.signatures: dict[Hashable, Any] = {}
 
     def rows(
         self, inputs: Sequence[tuple[Tensor, ...]], is_kept: Callable[[Tensor], bool] | None = None
@@ -328,68 +333,16 @@ class FusedFormula(Formula):
     def differentiable(self) -> tuple[bool, ...]:
         return tuple(i in self.of_gradients for i in range(len(self.inputs)))
 
+    def triton(self, launcher: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Register the Triton launcher: of an object that has all inputs and parameters but the
+        `number`, it answers `Passes` for all calls with tensors that are laid out alike."""
+        self.launcher = launcher
+        return launcher
+
     def on_cpu(self, form: Any) -> Any:
         """Register what evaluates both passes on a CPU, as the modules beside `dispatch` do."""
         self.cpu_form = form
         return form
-
-
-class FusedCall:
-    """One call of a fused op: everything about it but its tensors, which are passed in a row.
-
-    Args:
-        counts: how many tensors each input has.
-        apart: of losses that are asked for one by one, how many are to have a dimension.
-    """
-
-    def __init__(
-        self,
-        op: FusedFormula,
-        params: dict[str, Any],
-        counts: tuple[int, ...],
-        apart: int | None = None,
-    ) -> None:
-        self.op = op
-        self.params = params
-        self.apart = apart
-        ends = tuple(itertools.accumulate(counts))
-        self.of_input = [slice(end - n, end) for end, n in zip(ends, counts, strict=True)]
-        self._passes: Any = None
-        # Of all tensors, the same in both passes.
-        self._strides: list[tuple[int, ...]] | None = None
-
-    def inputs(self, tensors: Sequence[Any]) -> list[tuple[Any, ...]]:
-        """What is given of each tensor, by inputs."""
-        return [tuple(tensors[part]) for part in self.of_input]
-
-    def passes(self, tensors: Sequence[Tensor]) -> Any:
-        """What the op's launcher answers, once for both passes."""
-        if self._passes is None:
-            assert self.op.launcher is not None
-            self._passes = self.op.launcher(*self.inputs(tensors), **self.params)
-        return self._passes
-
-    def whole(self, weight: None, *tensors: Tensor) -> Tensor:
-        """The losses by the reference."""
-        out: Tensor = self.op.reference(*self.op.rows(self.inputs(tensors)), **self.params)
-        return out
-
-    def levels(
-        self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]
-    ) -> tuple[tuple[Any, ...], ...]:
-        """Of each level the inputs, then the gradients wanted: (tensor, strides...) or None."""
-        parts, dims = self.of_input, self.op.dims
-        if self._strides is None:
-            pairs = zip(parts, dims, strict=True)
-            self._strides = [_row_strides(x, dim) for part, dim in pairs for x in tensors[part]]
-        strided = [(x, *strides) for x, strides in zip(tensors, self._strides, strict=True)]
-        columns: list[Sequence[Any]] = [strided[parts[i]] for i in self.op.of_levels]
-        columns += [
-            [x if x is None else (x, *_row_strides(x, dims[i])) for x in gradients[parts[i]]]
-            for i in self.op.of_gradients
-        ]
-        none = [None] * max(map(len, columns))
-        return tuple(zip(*[column or none for column in columns], strict=True))
 
 
 @dataclass(frozen=True)

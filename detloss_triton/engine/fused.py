@@ -7,9 +7,9 @@ gradient, zeros included.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from detloss_triton import backend
 from detloss_triton.backend import kernels
 from detloss_triton.ranks import are_several, mean_over_ranks
 
-from .formula import FusedCall
+from .calls import FusedCall, filled, has_slot, slotted
 from .gpu import power_of_2
 
 # Partial sums that a program adds at a time.
@@ -37,16 +37,32 @@ def new_gradients(tensors: Tensors, wanted: Sequence[bool]) -> Gradients:
     return [torch.empty_like(x) if want else None for x, want in pairs]
 
 
-class Passes(Protocol):
-    """What a fused op's launcher answers."""
+def upstream(dout: Tensor) -> tuple[Tensor, int]:
+    """Upstream gradients as kernels take them: with their stride, 0 where all are one number."""
+    return dout.to(torch.float32), dout.stride(0)
 
-    def n_losses(self) -> int: ...
+
+class Passes:
+    """What a fused op's launcher answers: both passes of all calls of a signature.
+
+    Attributes:
+        arguments: the kernel's own, with slots in the place of tensors once these are set.
+        divisor: of the losses, if it is a tensor; a number is the call's.
+    """
+
+    arguments: dict[str, Any]
+    divisor: Any
+
+    def n_losses(self) -> int:
+        raise NotImplementedError
 
     def n_found(self) -> int:
         """How many numbers forward leaves to backward."""
+        raise NotImplementedError
 
     def forward(self, call: FusedCall, tensors: Tensors) -> tuple[Tensor, Tensor]:
         """The losses, and what backward wants to know of forward."""
+        raise NotImplementedError
 
     def backward(
         self,
@@ -55,21 +71,40 @@ class Passes(Protocol):
         dout: Tensor,
         wanted: Sequence[bool],
         found: Tensor,
-    ) -> Gradients: ...
+    ) -> Gradients:
+        raise NotImplementedError
+
+    def set_slots(self, places: Mapping[int, int]) -> None:
+        """Let go of the tensors, whose places in a call are told by their ids."""
+        self.arguments = {name: slotted(x, places) for name, x in self.arguments.items()}
+        self.with_slots = [name for name, x in self.arguments.items() if has_slot(x)]
+        self.divisor = slotted(self.divisor, places)
+
+    def filled(self, tensors: Tensors) -> dict[str, Any]:
+        """The arguments with a call's tensors."""
+        arguments = self.arguments.copy()
+        for name in self.with_slots:
+            arguments[name] = filled(arguments[name], tensors)
+        return arguments
+
+    def divided(self, call: FusedCall, tensors: Tensors) -> tuple[Tensor | None, float]:
+        """The divisor as a tensor, or none, and as a number."""
+        return filled(self.divisor, tensors), 1.0 if call.number is None else float(call.number)
 
 
 @dataclass
-class Plan:
+class Plan(Passes):
     """Losses of segments (levels, layers or images), each a weighted sum over its programs.
 
     Args:
         kernel: takes `levels`, of each a tuple of the op's inputs and of the gradients wanted; the
-            partial sums `p_out` of forward; `p_dout` and `p_scale` of backward.
+            partial sums `p_out` of forward; `dout` and `p_scale` of backward.
         terms: (factor, kind of divisor, addend of the divisor or row of its sum) of each loss. A
             SUM is over all ranks, and their mean.
         n_sums: how many sums a program writes: the losses' first.
         blocks: programs of each segment, or one number if all have as many, `n_repeats` times.
-        divisor: what DIVISOR stands for, a number or a tensor of one; of two, SECOND is the other.
+        divisor: what DIVISOR stands for, a tensor of one, or none for the call's number; of two,
+            SECOND is the other.
         arguments: the kernel's own.
     """
 
@@ -79,7 +114,7 @@ class Plan:
     blocks: tuple[int, ...]
     n_repeats: int
     n_segments: int
-    divisor: float | Tensor = 1.0
+    divisor: Any = None
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def n_losses(self) -> int:
@@ -99,12 +134,12 @@ class Plan:
         if self.n_programs:
             self._launch(call, tensors, [None] * len(tensors), p_out=sums)
         if not (are_several() and any(kind == SUM for _, kind, _ in self.terms)):
-            return self._totals(sums, self.blocks, self.n_repeats, self.terms)
-        sums, _ = self._totals(sums, self.blocks, self.n_repeats, ())
+            return self._totals(call, tensors, sums)
+        sums, _ = self._totals(call, tensors, sums, terms=())
         sums = sums.view(self.n_sums, self.n_segments)
         n = len(self.terms)
         sums[n:] = mean_over_ranks(sums[n:].clone())
-        return self._totals(sums, (1,), 1, self.terms)
+        return self._totals(call, tensors, sums, are_added=True)
 
     def backward(
         self,
@@ -116,8 +151,7 @@ class Plan:
     ) -> Gradients:
         into = new_gradients(tensors, wanted)
         if self.n_programs:
-            dout = dout.to(torch.float32).contiguous()
-            self._launch(call, tensors, into, p_dout=dout, **self._known(found))
+            self._launch(call, tensors, into, dout=upstream(dout), **self._known(found))
         return into
 
     def _known(self, found: Tensor) -> dict[str, Tensor]:
@@ -125,41 +159,46 @@ class Plan:
         return {"p_scale": found}
 
     def _launch(
-        self, call: FusedCall, tensors: Tensors, gradients: Gradients, **pointers: Tensor
+        self, call: FusedCall, tensors: Tensors, gradients: Gradients, **pointers: Any
     ) -> None:
         backend.launch(
             self.kernel,
             (self.n_programs,),
             tensors[0].device,
-            levels=call.levels(tensors, gradients),
-            **{"p_out": None, "p_dout": None, "p_scale": None, **pointers},
-            **self.arguments,
+            levels=call.signature.levels(tensors, gradients),
+            **{"p_out": None, "dout": None, "p_scale": None, **pointers},
+            **self.filled(tensors),
         )
 
     def _totals(
         self,
+        call: FusedCall,
+        tensors: Tensors,
         sums: Tensor,
-        blocks: tuple[int, ...],
-        n_repeats: int,
-        terms: tuple[Any, ...],
+        terms: tuple[Any, ...] | None = None,
         scale: Tensor | None = None,
+        are_added: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """(losses, their factors, in memory that may be given); without terms all sums."""
+        """(losses, their factors, in memory that may be given); with terms () all sums. Programs'
+        sums, or those of segments, which `are_added` up."""
+        terms = self.terms if terms is None else terms
         n_out = (len(terms) or self.n_sums) * self.n_segments
         out = sums.new_empty(n_out)
         scale = sums.new_empty(n_out) if scale is None else scale
-        by_tensor = isinstance(self.divisor, Tensor)
+        divisor, number = self.divided(call, tensors)
+        blocks = (1,) if are_added else self.blocks
         backend.launch(
             kernels.totals.totals_kernel,
             (n_out,),
             sums.device,
             p_sums=sums,
-            p_divisor=self.divisor if by_tensor else None,
+            p_divisor=divisor,
             p_out=out,
             p_scale=scale,
             blocks=blocks,
-            divisor=1.0 if by_tensor else float(self.divisor),
-            n_repeats=n_repeats,
+            divisor=number,
+            s_divisor=divisor.stride(0) if divisor is not None and divisor.dim() else 1,
+            n_repeats=1 if are_added else self.n_repeats,
             n_segments=self.n_segments,
             n_programs=sums.shape[1],
             TERMS=terms,
@@ -171,8 +210,11 @@ class Plan:
         return out, scale
 
 
-class Sum:
+class Sum(Passes):
     """The sum of numbers, each where it lies: no one else needs their gradients in memory."""
+
+    def __init__(self) -> None:
+        self.arguments, self.divisor = {}, None
 
     def n_losses(self) -> int:
         return 1
@@ -213,7 +255,7 @@ class Sum:
 def forward(
     call: FusedCall, weight: None, tensors: Tensors, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    passes: Passes = call.passes(tensors)
+    passes: Passes = call.signature.passes(tensors)
     return passes.forward(call, tensors)
 
 
@@ -225,5 +267,5 @@ def backward(
     wanted: Sequence[bool],
     found: Tensor,
 ) -> Gradients:
-    passes: Passes = call.passes(tensors)
+    passes: Passes = call.signature.passes(tensors)
     return passes.backward(call, tensors, dout, wanted, found)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import cpu, fused, gpu
-from .formula import Call, Formula, FusedCall, FusedFormula, Inputs, RowFormula
+from .calls import FusedCall, call_of
+from .formula import Call, Formula, FusedFormula, Inputs, RowFormula
 from .operators import opaque
 
 # The types that torch's schema language has for parameters.
@@ -117,32 +118,31 @@ def declare_fused(op: FusedFormula) -> None:
     signature = inspect.signature(op.reference).parameters.values()
     common = ", ".join(f"{_TYPES[p.annotation]} {p.name}" for p in signature)
 
-    def call_of(args: Sequence[Any]) -> tuple[FusedCall, tuple[Tensor, ...]]:
+    def call(args: Sequence[Any], is_kept: bool = True) -> tuple[FusedCall, tuple[Tensor, ...]]:
         constants = (tuple(v) if isinstance(v, list) else v for v in args[n:])
         named = dict(zip(op.parameters[n:], constants, strict=True))
-        counts = tuple(map(len, args[:n]))
-        return FusedCall(op, named, counts), tuple(x for given in args[:n] for x in given)
+        return call_of(op, args[:n], named, is_kept=is_kept)
 
     def run(*args: Any) -> tuple[Tensor, Tensor]:
-        call, tensors = call_of(args)
-        return fused.forward(call, None, tensors, ())
+        this, tensors = call(args)
+        return fused.forward(this, None, tensors, ())
 
     def run_backward(*args: Any) -> list[Tensor]:
         *args_of_call, dout, wanted, found = args
-        call, tensors = call_of(args_of_call)
-        gradients = fused.backward(call, None, tensors, dout, wanted, found)
+        this, tensors = call(args_of_call)
+        gradients = fused.backward(this, None, tensors, dout, wanted, found)
         return [g for g in gradients if g is not None]
 
     def like(*args: Any) -> tuple[Tensor, Tensor]:
-        call, tensors = call_of(args)
-        passes = call.passes(tensors)
+        this, tensors = call(args, is_kept=False)
+        passes = this.signature.passes(tensors)
         sizes = passes.n_losses(), passes.n_found()
         out, found = (tensors[0].new_empty((n,), dtype=torch.float32) for n in sizes)
         return out, found
 
     def gradients_like(*args: Any) -> list[Tensor]:
         *args_of_call, _, wanted, _ = args
-        _, tensors = call_of(args_of_call)
+        _, tensors = call(args_of_call, is_kept=False)
         return [torch.empty_like(x) for x, want in zip(tensors, wanted, strict=True) if want]
 
     backward_schema = f"({common}, Tensor dout, bool[] wanted, Tensor found) -> Tensor[]"

@@ -226,49 +226,37 @@ def _(*tensors: Tensor | None) -> str:
 
 
 @aligned.triton
-def _(
-    logits: tuple[Tensor, ...],
-    distributions: tuple[Tensor, ...],
-    distances: Any,
-    target: tuple[Tensor, ...],
-    score: tuple[Tensor, ...],
-    anchors: tuple[Tensor, ...],
-    targets: tuple[Tensor, ...],
-    factors: tuple[float, ...],
-    topk: int,
-    heads: int,
-    rules: str,
-) -> Plan:
-    n_levels, n_images = len(logits) // heads, len(logits[0])
-    sizes = tuple(row_shape(level, 3)[1] for level in logits)
-    n_classes, n_bins = row_shape(logits[0], 3)[2], row_shape(distributions[0], 4)[3]
+def _(given: Any) -> Plan:
+    n_levels, n_images = len(given.logits) // given.heads, len(given.logits[0])
+    sizes = tuple(row_shape(level, 3)[1] for level in given.logits)
+    n_classes, n_bins = row_shape(given.logits[0], 3)[2], row_shape(given.distributions[0], 4)[3]
     columns, bins = min(power_of_2(n_classes), _COLUMNS), power_of_2(n_bins)
     # An eighth of a tile in one warp takes 80 to 90 registers; more rows spill on some GPUs.
     rows = max(TILE // 8 // max(columns, bins, _COLUMNS), 1)
     blocks = [-(-n // rows) for n in sizes]
-    (index,), (weight,), (objects,) = target, score, targets
-    norm = OWN_SUM if rules == "otx" else OWN_SUM_OR_1
+    (index,), (weight,), (objects,) = given.target, given.score, given.targets
+    norm = OWN_SUM if given.rules == "otx" else OWN_SUM_OR_1
     return Plan(
         kernels.aligned.aligned_kernel,
         # Divided by the fourth sum.
-        terms=tuple((float(factor), norm, 3) for factor in factors),
+        terms=tuple((float(factor), norm, 3) for factor in given.factors),
         n_sums=4,
-        blocks=tuple(sum(blocks[h * n_levels : (h + 1) * n_levels]) for h in range(heads)),
+        blocks=tuple(sum(blocks[h * n_levels : (h + 1) * n_levels]) for h in range(given.heads)),
         n_repeats=n_images,
-        n_segments=heads,
+        n_segments=given.heads,
         arguments={
             "sizes": sizes,
             "target": (index, *index.stride()),
             "score": (weight, *weight.stride()),
-            "anchors": tuple((x, *x.stride()) for x in anchors),
+            "anchors": tuple((x, *x.stride()) for x in given.anchors),
             "targets": (objects, *objects.stride()[1:]),
             "s_image": objects.stride(0),
             "n_images": n_images,
             "n_targets": objects.shape[1],
             "n_classes": n_classes,
             "BINS": (n_bins, BIN_MARGIN, bins),
-            "CIOU": (YOLOV9_EPS[rules], rules == "otx"),
-            "N_HEADS": heads,
+            "CIOU": (YOLOV9_EPS[given.rules], given.rules == "otx"),
+            "N_HEADS": given.heads,
             "BR": rows,
             "num_warps": 1,
             "BC": columns,

@@ -265,59 +265,39 @@ def _decoded(
 
 
 @dense.triton
-def _(
-    scores: tuple[Tensor, ...],
-    labels: Any,
-    quality: Any,
-    weights: Any,
-    masks: Any,
-    codes: Any,
-    anchors: Any,
-    targets: Any,
-    logits: tuple[Tensor, ...],
-    divisor: tuple[Tensor, ...],
-    number: float,
-    classes: str,
-    class_constants: tuple[float, ...],
-    boxes: str,
-    box_constants: tuple[float, ...],
-    decode: str,
-    decode_constants: tuple[float, ...],
-    by_iou: bool,
-    background: float,
-    factors: tuple[float, ...],
-    added: tuple[float, ...],
-) -> Plan:
-    sizes, n_classes = tuple(level.shape[1] for level in labels), row_shape(scores[0], 3)[2]
+def _(given: Any) -> Plan:
+    sizes = tuple(level.shape[1] for level in given.labels)
+    n_images, _, n_classes = row_shape(given.scores[0], 3)
     columns = min(power_of_2(n_classes), 16)
     # Half a tile and two warps: a whole one spills, where boxes are decoded and centred.
     rows = TILE // 2 // columns
-    kinds = (DIVISOR, SUM, DIVISOR) if logits else (SUM, SUM)
-    rows_of_sums = (0, 3, 0) if logits else (2, 3)
+    kinds = (DIVISOR, SUM, DIVISOR) if given.logits else (SUM, SUM)
+    rows_of_sums = (0, 3, 0) if given.logits else (2, 3)
+    each = zip(given.factors, kinds, rows_of_sums, given.added, strict=True)
     terms = tuple(
         (float(factor), kind, row if kind == SUM else float(addend))
-        for factor, kind, row, addend in zip(factors, kinds, rows_of_sums, added, strict=True)
+        for factor, kind, row, addend in each
     )
     return Plan(
         kernels.dense.dense_kernel,
         terms=terms,
         n_sums=4,
         blocks=tuple(-(-n // rows) for n in sizes),
-        n_repeats=len(scores[0]),
-        n_segments=len(scores),
-        divisor=divisor[0] if divisor else number,
+        n_repeats=n_images,
+        n_segments=len(given.scores),
+        divisor=given.divisor[0] if given.divisor else None,
         arguments={
             "sizes": sizes,
-            "n_images": len(scores[0]),
+            "n_images": n_images,
             "n_classes": n_classes,
-            "CLASSES": loss_of(classes, *class_constants),
-            "BOXES": loss_of(boxes, *box_constants),
-            "CODE": (decode, *map(float, decode_constants)),
-            "CENTRED": bool(logits),
-            "BACKGROUND": float(background),
-            "MIN_QUALITY": MIN_QUALITY if by_iou else 0.0,
+            "CLASSES": loss_of(given.classes, *given.class_constants),
+            "BOXES": loss_of(given.boxes, *given.box_constants),
+            "CODE": (given.decode, *map(float, given.decode_constants)),
+            "CENTRED": bool(given.logits),
+            "BACKGROUND": float(given.background),
+            "MIN_QUALITY": MIN_QUALITY if given.by_iou else 0.0,
             "UNION_EPS": regression.UNION_EPS,
-            "N_LEVELS": len(scores),
+            "N_LEVELS": len(given.scores),
             "BR": rows,
             "BC": columns,
             "num_warps": 2,

@@ -14,11 +14,13 @@ from detloss_triton.backend import kernels
 from detloss_triton.engine import (
     FusedCall,
     Gradients,
+    Passes,
     Sample,
     Tensors,
     fused_op,
     new_gradients,
     power_of_2,
+    upstream,
 )
 from detloss_triton.precision import are_half, arithmetic_dtype, at_least_float32
 
@@ -323,15 +325,14 @@ mined.limited(distribution.two_bin.beyond)
 
 
 @dataclass
-class _Passes:
+class _Passes(Passes):
     """Rows, then images; backward is rows alone, which know what images have mined."""
 
-    divisor: float | Tensor
+    divisor: Any
     ratio: int
     images: int
     anchors: int
     n_blocks: int
-    rows: tuple[Any, ...]
     arguments: dict[str, Any]
 
     def n_losses(self) -> int:
@@ -355,17 +356,17 @@ class _Passes:
             return out, found
         none: Gradients = [None] * len(tensors)
         self._launch(call, tensors, none, p_hardness=hardness, p_sums=sums)
-        by_tensor = isinstance(self.divisor, Tensor)
+        divisor, number = self.divided(call, tensors)
         backend.launch(
             kernels.mined.mining_kernel,
             (self.images,),
             device,
             p_hardness=hardness,
             p_sums=sums,
-            p_divisor=self.divisor if by_tensor else None,
+            p_divisor=divisor,
             p_out=out,
             p_found=found,
-            divisor=1.0 if by_tensor else float(self.divisor),
+            divisor=number,
             ratio=min(self.ratio, self.anchors),
             n_rows=self.anchors,
             n_blocks=self.n_blocks,
@@ -384,63 +385,47 @@ class _Passes:
         found: Tensor,
     ) -> Gradients:
         into = new_gradients(tensors, wanted)
-        dout = dout.to(torch.float32).contiguous()
-        self._launch(call, tensors, into, p_dout=dout, p_found=found)
+        self._launch(call, tensors, into, dout=upstream(dout), p_found=found)
         return into
 
     def _launch(
-        self, call: FusedCall, tensors: Tensors, gradients: Gradients, **pointers: Tensor
+        self, call: FusedCall, tensors: Tensors, gradients: Gradients, **pointers: Any
     ) -> None:
         if self.images * self.anchors == 0:
             return
-        none = dict.fromkeys(("p_hardness", "p_sums", "p_dout", "p_found"))
+        none = dict.fromkeys(("p_hardness", "p_sums", "dout", "p_found"))
         backend.launch(
             kernels.mined.mined_kernel,
             (self.images * self.n_blocks,),
             tensors[0].device,
-            levels=call.levels(tensors, gradients),
+            levels=call.signature.levels(tensors, gradients),
             **{**none, **pointers},
-            rows=self.rows,
             n_anchors=self.anchors,
             n_blocks=self.n_blocks,
-            **self.arguments,
+            **self.filled(tensors),
         )
 
 
 @mined.triton
-def _(
-    scores: tuple[Tensor, ...],
-    labels: tuple[Tensor, ...],
-    weights: tuple[Tensor, ...],
-    codes: Any,
-    anchors: tuple[Tensor, ...],
-    targets: tuple[Tensor, ...],
-    box_weights: tuple[Tensor, ...],
-    divisor: tuple[Tensor, ...],
-    number: float,
-    ratio: int,
-    beta: float,
-    decode: str,
-    decode_constants: tuple[float, ...],
-) -> _Passes:
-    images, n_anchors = labels[0].shape
+def _(given: Any) -> _Passes:
+    images, n_anchors = given.labels[0].shape
     two_bin: Any = distribution.two_bin
-    tile = two_bin.launcher(scores[0], None, None, None)
-    sizes = [tuple(level.shape[1:3]) for level in scores]
-    of_rows = (labels, weights, anchors, targets, box_weights)
+    tile = two_bin.launcher(given.scores[0], None, None, None)
+    sizes = [tuple(level.shape[1:3]) for level in given.scores]
+    of_rows = (given.labels, given.weights, given.anchors, given.targets, given.box_weights)
     return _Passes(
-        divisor=divisor[0] if divisor else number,
-        ratio=ratio,
+        divisor=given.divisor[0] if given.divisor else None,
+        ratio=given.ratio,
         images=images,
         anchors=n_anchors,
         n_blocks=sum(k * -(-n // tile.rows) for k, n in sizes),
-        rows=tuple((x[0], *x[0].stride()) if x else None for x in of_rows),
         arguments={
+            "rows": tuple((x[0], *x[0].stride()) if x else None for x in of_rows),
             "sizes": tuple(n for _, n in sizes),
             "SHAPES": tuple(k for k, _ in sizes),
-            "n_features": scores[0].shape[-1],
-            "SIDES": ("smooth_l1", float(beta)),
-            "CODE": (decode, *map(float, decode_constants)),
+            "n_features": given.scores[0].shape[-1],
+            "SIDES": ("smooth_l1", float(given.beta)),
+            "CODE": (given.decode, *map(float, given.decode_constants)),
             "N_LEVELS": len(sizes),
             "BR": tile.rows,
             **tile.constants,

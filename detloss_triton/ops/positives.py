@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,64 +158,48 @@ class _Counting(Plan):
             torch.empty(size, dtype=torch.float32, device=tensors[0].device) for size in sizes
         )
         if self.n_programs:
-            counts = found[self.n_losses() :]
+            counts, arguments = found[self.n_losses() :], self.filled(tensors)
             backend.launch(
                 kernels.positives.count_kernel,
                 (self.n_programs,),
                 found.device,
                 p_counts=counts,
                 num_warps=1,
-                **{name: self.arguments[name] for name in ("mask", "n_rows", "n_blocks", "BR")},
+                **{name: arguments[name] for name in ("mask", "n_rows", "n_blocks", "BR")},
             )
             none: Gradients = [None] * len(tensors)
             self._launch(call, tensors, none, p_out=sums, p_counts=counts)
-        return self._totals(sums, self.blocks, self.n_repeats, self.terms, found)
+        return self._totals(call, tensors, sums, scale=found)
 
     def _known(self, found: Tensor) -> dict[str, Tensor]:
         return {"p_scale": found, "p_counts": found[self.n_losses() :]}
 
 
 @positives.triton
-def _(
-    objectness: tuple[Tensor, ...],
-    classes: tuple[Tensor, ...],
-    boxes: tuple[Tensor, ...],
-    raw: tuple[Tensor, ...],
-    of_objects: tuple[Tensor, ...],
-    of_classes: tuple[Tensor, ...],
-    of_boxes: tuple[Tensor, ...],
-    of_raw: tuple[Tensor, ...],
-    mask: tuple[Tensor, ...],
-    divisor: tuple[Tensor, ...],
-    number: float,
-    box: str,
-    box_constants: tuple[float, ...],
-    factors: tuple[float, ...],
-) -> Plan:
-    n_images, n_anchors, n_classes = classes[0].shape
+def _(given: Any) -> Plan:
+    n_images, n_anchors, n_classes = given.classes[0].shape
     columns = min(power_of_2(n_classes), 16)
     rows = TILE // columns
     n_blocks = -(-n_anchors // rows)
     # As all tensors with features, but for the one dimension of rows.
-    targets = tuple(
-        (x[0], 0, *x[0].stride()) if x else None for x in (of_objects, of_classes, of_boxes, of_raw)
-    )
+    of_rows = given.of_objects, given.of_classes, given.of_boxes, given.of_raw
+    targets = tuple((x[0], 0, *x[0].stride()) if x else None for x in of_rows)
     return _Counting(
         kernels.positives.positives_kernel,
-        terms=tuple((float(factor), DIVISOR, 0.0) for factor in factors),
-        n_sums=len(factors),
+        terms=tuple((float(factor), DIVISOR, 0.0) for factor in given.factors),
+        n_sums=len(given.factors),
         blocks=(n_blocks,),
         n_repeats=n_images,
         n_segments=1,
-        divisor=divisor[0] if divisor else number,
+        divisor=given.divisor[0] if given.divisor else None,
         arguments={
-            "mask": (mask[0], mask[0].stride(0)),
+            "mask": (given.mask[0], given.mask[0].stride(0)),
             "targets": targets,
             "n_rows": n_anchors,
             "n_blocks": n_blocks,
-            "n_targets": len(of_boxes[0]),
+            "n_targets": len(given.of_boxes[0]),
             "n_classes": n_classes,
-            "BOXES": loss_of(box, *box_constants),
+            "BOXES": loss_of(given.box, *given.box_constants),
             "RAW": ("l1",),
             "BLOCK": min(power_of_2(n_blocks * n_images), _BLOCK),
             "BR": rows,

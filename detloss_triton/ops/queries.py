@@ -22,13 +22,15 @@ from detloss_triton.engine import (
     OWN_SUM,
     SECOND,
     TILE,
+    Gradients,
     Plan,
     Sample,
+    Tensors,
     direct,
     fused_op,
     power_of_2,
 )
-from detloss_triton.engine.formula import FusedCall
+from detloss_triton.engine.calls import FusedCall, call_of
 from detloss_triton.precision import arithmetic_dtype, at_least_float32
 
 from .classification import (
@@ -94,36 +96,40 @@ def iou_of(boxes: Tensor, found: Matched) -> Tensor:
 class _Layered(Plan):
     """Of layers that one body of code takes: copied where they are not of one layout."""
 
+    # Numbers of the inputs that are to be copied, once known.
+    copied: list[int] | None = None
+
     def _launch(
         self,
         call: FusedCall,
-        tensors: Sequence[Tensor],
-        gradients: Sequence[Tensor | None],
-        **pointers: Tensor,
+        tensors: Tensors,
+        gradients: Gradients,
+        **pointers: Any,
     ) -> None:
-        given: list[Sequence[Tensor]] = [*call.inputs(tensors)]
-        for i in call.op.of_levels:
-            if given[i]:
-                given[i] = of_one_layout(given[i])
-        wanted = call.inputs(gradients)
-        into: list[Sequence[Tensor | None]] = [*wanted]
-        for i in call.op.of_gradients:
-            into[i] = _gradients(wanted[i], given[i])
-        super()._launch(
-            call, tuple(x for xs in given for x in xs), [x for xs in into for x in xs], **pointers
-        )
-        for i in call.op.of_gradients:
+        inputs, into = call.inputs(tensors), call.inputs(gradients)
+        if self.copied is None:
+            layers = [(i, inputs[i]) for i in call.op.of_levels if inputs[i]]
+            self.copied = [i for i, given in layers if not are_of_one_layout(given)]
+        for i in self.copied:
+            inputs[i] = tuple(of_one_layout(inputs[i]))
+        apart = [i for i in call.op.of_gradients if not _may_be_written(into[i])]
+        wanted = [*into]
+        for i in apart:
+            first = inputs[i][0]
+            into[i] = first.new_empty((len(inputs[i]), *first.shape)).unbind()
+        if self.copied:
+            call, tensors = call_of(call.op, inputs, call.params)
+        super()._launch(call, tensors, [x for xs in into for x in xs], **pointers)
+        for i in apart:
             for x, y in zip(wanted[i], into[i], strict=True):
-                if x is not None and x is not y:
+                if x is not None:
                     x.copy_(y)
 
 
-def _gradients(wanted: Sequence[Tensor | None], given: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """Where a kernel writes the gradients of all layers, or of none."""
-    there = [x for x in wanted if x is not None]
-    if not there or (len(there) == len(wanted) and are_of_one_layout(there)):
-        return wanted
-    return given[0].new_empty((len(given), *given[0].shape)).unbind()
+def _may_be_written(gradients: Sequence[Tensor | None]) -> bool:
+    """Whether a kernel writes to these gradients of layers: to those of all, or of none."""
+    there = [x for x in gradients if x is not None]
+    return not there or (len(there) == len(gradients) and are_of_one_layout(there))
 
 
 def _some_boxes(generator: torch.Generator, *shape: int) -> Tensor:
@@ -181,7 +187,12 @@ def _queries_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
         )
 
 
-@fused_op(levels=("logits", "boxes"), gradients=("logits", "boxes"), samples=_queries_samples)
+@fused_op(
+    levels=("logits", "boxes"),
+    gradients=("logits", "boxes"),
+    samples=_queries_samples,
+    is_of_layers=True,
+)
 def queries(
     logits: tuple[Tensor, ...],
     boxes: tuple[Tensor, ...],
@@ -289,31 +300,16 @@ def _box_losses(boxes: Tensor, found: Matched, boxes_weight: str) -> tuple[Tenso
 
 
 @queries.triton
-def _(
-    logits: tuple[Tensor, ...],
-    boxes: tuple[Tensor, ...],
-    matches: tuple[Tensor, ...],
-    union: tuple[Tensor, ...],
-    labels: tuple[Tensor, ...],
-    targets: tuple[Tensor, ...],
-    divisor: tuple[Tensor, ...],
-    alpha: float,
-    gamma: float,
-    losses: str,
-    classes: str,
-    boxes_weight: str,
-    factors: tuple[float, ...],
-    added: float,
-) -> Plan:
-    n_images, n_queries, n_classes = logits[0].shape
+def _(given: Any) -> Plan:
+    n_images, n_queries, n_classes = given.logits[0].shape
     columns = min(power_of_2(n_classes), 16)
     rows = TILE // columns
-    names = losses.split()
-    of_classes = class_loss(losses)
-    by_weight = classes == "softmax" and bool(of_classes)
-    counts = bool(union) and divisor[0].numel() == 1
-    by_count = (OWN_SUM, len(names)) if counts else (DIVISOR, float(added))
-    if union and not counts:
+    names = given.losses.split()
+    of_classes = class_loss(given.losses)
+    by_weight = given.classes == "softmax" and bool(of_classes)
+    counts = bool(given.union) and given.divisor[0].numel() == 1
+    by_count = (OWN_SUM, len(names)) if counts else (DIVISOR, float(given.added))
+    if given.union and not counts:
         by_count = (SECOND, 0.0)
     n_sums = len(names) + counts + by_weight
     mean = (OWN_SUM, n_sums - 1) if by_weight else (DIVISOR, 0.0)
@@ -321,35 +317,35 @@ def _(
     row_of = [names.index(name) if name in names else -1 for name in divided]
     return _Layered(
         kernels.queries.queries_kernel,
-        terms=tuple((float(f), *divided[x]) for x, f in zip(names, factors, strict=True)),
+        terms=tuple((float(f), *divided[x]) for x, f in zip(names, given.factors, strict=True)),
         n_sums=n_sums,
         blocks=(-(-n_queries // rows),),
         n_repeats=n_images,
-        n_segments=len(logits),
-        divisor=divisor[0].contiguous(),
+        n_segments=len(given.logits),
+        divisor=given.divisor[0],
         arguments={
-            "matches": _map(matches[0]),
-            "union": _map(union[0]) if union else None,
-            "labels": (labels[0], *labels[0].stride()[1:]),
-            "targets": (targets[0], *targets[0].stride()[1:]),
-            "s_labels": labels[0].stride(0),
-            "s_targets": targets[0].stride(0),
+            "matches": _map(given.matches[0]),
+            "union": _map(given.union[0]) if given.union else None,
+            "labels": (given.labels[0], *given.labels[0].stride()[1:]),
+            "targets": (given.targets[0], *given.targets[0].stride()[1:]),
+            "s_labels": given.labels[0].stride(0),
+            "s_targets": given.targets[0].stride(0),
             "n_queries": n_queries,
-            "n_targets": labels[0].shape[1],
+            "n_targets": given.labels[0].shape[1],
             "n_classes": n_classes,
-            "CLASSES": (classes, float(alpha), float(gamma), LEAST_TARGET),
+            "CLASSES": (given.classes, float(given.alpha), float(given.gamma), LEAST_TARGET),
             "TERMS": (
                 *row_of,
                 len(names) if counts else -1,
                 n_sums - 1 if by_weight else -1,
-                len(logits),
+                len(given.logits),
             ),
             "BOXES": (
                 UNION_EPS,
                 GIOU_EPS,
-                boxes_weight != "none",
-                boxes_weight == "giou",
-                boxes_weight == "giou" and classes in _SCORED_BY_CHOICE,
+                given.boxes_weight != "none",
+                given.boxes_weight == "giou",
+                given.boxes_weight == "giou" and given.classes in _SCORED_BY_CHOICE,
             ),
             "BR": rows,
             "BC": columns,
@@ -503,6 +499,7 @@ def _localisation_samples(rows: int, generator: torch.Generator) -> Iterator[Sam
     levels=("corners", "points", "boxes", "teachers", "scores"),
     gradients=("corners",),
     samples=_localisation_samples,
+    is_of_layers=True,
 )
 def localisation(
     corners: tuple[Tensor, ...],
@@ -582,51 +579,36 @@ def stacked(layers: Sequence[Tensor]) -> Tensor:
 
 
 @localisation.triton
-def _(
-    corners: tuple[Tensor, ...],
-    points: tuple[Tensor, ...],
-    boxes: tuple[Tensor, ...],
-    teachers: tuple[Tensor, ...],
-    scores: tuple[Tensor, ...],
-    matches: tuple[Tensor, ...],
-    targets: tuple[Tensor, ...],
-    shares: tuple[Tensor, ...],
-    scales: tuple[Tensor, ...],
-    divisor: tuple[Tensor, ...],
-    n_taught: int,
-    losses: str,
-    factors: tuple[float, ...],
-    by_count: bool,
-    temperature: float,
-) -> Plan:
-    n_images, n_queries, n_logits = corners[0].shape
+def _(given: Any) -> Plan:
+    n_images, n_queries, n_logits = given.corners[0].shape
     n_bins = n_logits // 4
     rows, warps = rows_and_warps(n_bins)
-    names = losses.split()
-    counts = by_count and divisor[0].numel() == 1
-    of_count = (OWN_SUM, len(names)) if counts else (SECOND if by_count else DIVISOR, 0.0)
+    names = given.losses.split()
+    counts = given.by_count and given.divisor[0].numel() == 1
+    of_count = (OWN_SUM, len(names)) if counts else (SECOND if given.by_count else DIVISOR, 0.0)
     divided = {"loss_fgl": of_count, "loss_ddf": (NOTHING, 0.0)}
     row_of = [names.index(name) if name in names else -1 for name in divided]
+    shares = (given.shares[0], given.shares[0].stride(0)) if given.shares else None
     return _Layered(
         kernels.queries.localisation_kernel,
-        terms=tuple((float(f), *divided[x]) for x, f in zip(names, factors, strict=True)),
+        terms=tuple((float(f), *divided[x]) for x, f in zip(names, given.factors, strict=True)),
         n_sums=len(names) + counts,
         blocks=(-(-4 * n_queries // rows),),
         n_repeats=n_images,
-        n_segments=len(corners),
-        divisor=divisor[0].contiguous(),
+        n_segments=len(given.corners),
+        divisor=given.divisor[0],
         arguments={
-            "matches": _map(matches[0]),
-            "targets": (targets[0], *targets[0].stride()[1:]),
-            "constants": (*scales, shares[0].contiguous() if shares else None),
-            "s_targets": targets[0].stride(0),
+            "matches": _map(given.matches[0]),
+            "targets": (given.targets[0], *given.targets[0].stride()[1:]),
+            "constants": (*given.scales, shares),
+            "s_targets": given.targets[0].stride(0),
             "n_queries": n_queries,
-            "n_targets": targets[0].shape[1],
+            "n_targets": given.targets[0].shape[1],
             "n_bins": n_bins,
-            "n_scores": scores[0].shape[-1] if scores else 0,
-            "n_taught": n_taught,
-            "TERMS": (*row_of, len(names) if counts else -1, len(corners)),
-            "TEMPERATURE": float(temperature),
+            "n_scores": given.scores[0].shape[-1] if given.scores else 0,
+            "n_taught": given.n_taught,
+            "TERMS": (*row_of, len(names) if counts else -1, len(given.corners)),
+            "TEMPERATURE": float(given.temperature),
             "EPS": (UNION_EPS, _SIZE_EPS),
             "BR": rows,
             "BK": power_of_2(n_bins),
