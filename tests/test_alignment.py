@@ -104,7 +104,7 @@ def test_pairs_that_lie_apart_are_as_if_evaluated(iou: str) -> None:
     anchors = (boxes[0, :, :2] + boxes[0, :, 2:]) / 2
     params = {**PARAMS, "iou": iou}
     given = (logits,), (boxes.mT,), anchors, (), (), torch.cat([label, targets], 2)
-    target, score = ALIGN.cpu_form(*given, **params)
+    target, score = ALIGN.cpu_form(ALIGN.given(*given, **params))
     expected, expected_score = ALIGN.reference(*given, **params)
     assert torch.equal(target, expected) and (target >= 0).sum() > 10
     torch.testing.assert_close(score, expected_score, rtol=1e-6, atol=1e-7, equal_nan=True)

@@ -864,18 +864,19 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("own_registry")
-def test_a_launcher_with_other_parameters_is_refused() -> None:
+def test_other_forms_are_given_the_arguments_by_name() -> None:
     @row_loss(Input("pred", features=1, grad=True), samples=no_samples)
     def half_square(pred: Tensor, scale: float) -> Tensor:
         return scale * pred.square().sum(-1)
 
-    with pytest.raises(TypeError, match=r"half_square.*\['pred', 'factor'\].*\['pred', 'scale'\]"):
+    @half_square.triton
+    def launcher(given: Any) -> Tile:
+        return Tile(None, rows=int(given.scale), constants={"PRED": given.pred})
 
-        @half_square.triton
-        def _(pred: Tensor, factor: float) -> Tile:
-            return Tile(None, rows=1)
-
-    assert half_square.launcher is None
+    pred = torch.zeros(2, 3)
+    tile = launcher(half_square.given(pred, scale=4.0))
+    assert half_square.launcher is launcher
+    assert tile.rows == 4 and tile.constants["PRED"] is pred
 
 
 @pytest.mark.usefixtures("own_registry")

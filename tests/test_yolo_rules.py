@@ -195,7 +195,7 @@ def test_a_cpu_looks_only_at_what_overlaps() -> None:
     logits[0, 1, 9] = math.nan
     given = (logits,), (boxes.mT,), anchors, (), (strides,), torch.cat([label, targets], 2)
     params |= {"rules": "yolo", "reach": 0.5}
-    target, score = ALIGN.cpu_form(*given, **params)
+    target, score = ALIGN.cpu_form(ALIGN.given(*given, **params))
     expected, expected_score = ALIGN.reference(*given, **params)
     assert torch.equal(target, expected) and (target >= 0).sum() > 10
     torch.testing.assert_close(score, expected_score, rtol=1e-6, atol=1e-7, equal_nan=True)

@@ -4,9 +4,9 @@
     def giou_loss(pred, target, eps):     # the declaration is the torch reference
         return 1 - giou(columns(pred), columns(target), eps)
 
-    @giou_loss.triton                     # refused at import if its parameters differ
-    def _(pred, target, eps):             # with the kernel's constants that gpu.py does not know
-        constants = {"LOSS": ("giou", eps)}
+    @giou_loss.triton                     # given the same arguments, by name
+    def _(given):                         # with the kernel's constants that gpu.py does not know
+        constants = {"LOSS": ("giou", given.eps)}
         return Tile(kernels.boxes.overlap_kernel, rows=128, constants=constants)
 
 A row op maps rows of its inputs to one loss each, weighs them and sums all but the leading `keep`
@@ -45,7 +45,7 @@ from .fused import (
     new_gradients,
     upstream,
 )
-from .gpu import TILE, Tile, power_of_2
+from .gpu import TILE, Tile, power_of_2, strided
 from .modes import host_sees
 
 __all__ = [
@@ -84,6 +84,7 @@ __all__ = [
     "row_map",
     "row_shape",
     "slices",
+    "strided",
     "tensors_of",
     "unbound",
     "upstream",

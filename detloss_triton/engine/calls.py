@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -101,8 +100,7 @@ class Signature:
             # One that is two inputs' has two places: in the next call they may be two tensors.
             apart = [x.detach() for x in tensors]
             inputs = (tuple(apart[part]) for part in self.of_input)
-            named = dict(zip(self.op.inputs, inputs, strict=True))
-            passes = self.op.launcher(SimpleNamespace(**named, **self.params))
+            passes = self.op.launcher(self.op.given(*inputs, **self.params))
             passes.set_slots({id(x): i for i, x in enumerate(apart)})
             self._passes = passes
         return self._passes

@@ -55,7 +55,7 @@ class RowOp(RowFormula):
         ValueError: if inputs disagree in their rows, or one without a gradient requires it.
     """
 
-    def triton(self, launcher: Callable[..., Any]) -> Callable[..., Any]:
+    def triton(self, launcher: Callable[[Any], Any]) -> Callable[[Any], Any]:
         super().triton(launcher)
         graph.declare(self)
         return launcher
@@ -152,15 +152,17 @@ class DirectOp(Formula):
         super().__init__(reference, samples)
         self.operator = graph.as_operator(self, self._on_torch, "_on_torch") if opaque else None
 
-    def triton(self, launcher: Callable[..., Any]) -> Callable[..., Any]:
-        return super().triton(graph.as_operator(self, launcher))
+    def triton(self, launcher: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        super().triton(launcher)
+        self.launch = graph.as_operator(self, lambda *arguments: launcher(self.given(*arguments)))
+        return launcher
 
     def __call__(self, *inputs: Given, **params: Any) -> Any:
         tensors = tensors_of(inputs)
         run = self.operator or self._on_torch
         _check_devices(self, tensors[0], tensors)
         if self.launcher and _chosen_for(self, tensors[0], tensors) == "triton":
-            run = self.launcher
+            run = self.launch
         if any(x.requires_grad for x in tensors):
             inputs = mapped(Tensor.detach, inputs)
         names = self.parameters[len(inputs) :]
@@ -170,7 +172,7 @@ class DirectOp(Formula):
     def _on_torch(self, *arguments: Any) -> Any:
         first = tensors_of(arguments)[0]
         if self.cpu_form is not None and modes.host_sees(first.device):
-            return self.cpu_form(*arguments)
+            return self.cpu_form(self.given(*arguments))
         return self.reference(*arguments)
 
 

@@ -9,6 +9,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -85,11 +86,11 @@ class Formula:
         self.reference = reference
         self.parameters = list(inspect.signature(reference).parameters)
         self.samples = samples
-        self.launcher: Callable[..., Any] | None = None
+        self.launcher: Callable[[Any], Any] | None = None
         # What a CPU runs in place of the reference.
-        self.cpu_form: Callable[..., Any] | None = None
+        self.cpu_form: Any = None
         # What a graph that does not look inside takes the results' shapes from.
-        self.shapes = reference
+        self.shapes: Callable[[Any], Any] | None = None
         # Of the inputs, why a kernel cannot hold them; empty if it can.
         self.beyond: Callable[..., str] = lambda *inputs: ""
         self.__doc__ = reference.__doc__
@@ -116,27 +117,30 @@ class Formula:
         )
         return Sample(inputs, sample.params, sample.weight), leaves
 
-    def triton(self, launcher: Callable[..., Any]) -> Callable[..., Any]:
-        """Register the Triton launcher; it takes exactly the reference's parameters."""
-        self._check_parameters("launcher", launcher)
+    def given(self, *arguments: Any, **params: Any) -> Any:
+        """The reference's arguments by name, in one object, as its other forms take them."""
+        return SimpleNamespace(**dict(zip(self.parameters, arguments, strict=False)), **params)
+
+    def triton(self, launcher: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Register the Triton launcher: of what is `given`, what the engine is to launch; or where
+        an op has no rows, the results, which it launches itself."""
         self.launcher = launcher
         return launcher
 
-    def on_cpu(self, form: Callable[..., Any]) -> Callable[..., Any]:
-        """Register what a CPU runs in place of the reference.
+    def on_cpu(self, form: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Register what a CPU runs in place of the reference, of what is `given`.
 
         It may look at values, which costs nothing there, or work in pieces that the caches hold.
         """
-        self._check_parameters("form for a CPU", form)
         self.cpu_form = form
         return form
 
-    def shaped_as(self, shapes: Callable[..., Any]) -> Callable[..., Any]:
-        """Register what makes tensors like the results, where the reference looks at sizes.
+    def shaped_as(self, shapes: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Register what makes tensors like the results of what is `given`, where the reference
+        looks at sizes.
 
         A graph for any number of boxes knows no number to cut into pieces.
         """
-        self._check_parameters("shapes", shapes)
         self.shapes = shapes
         return shapes
 
@@ -144,13 +148,6 @@ class Formula:
         """Register what the kernel cannot hold: of the inputs, why not, or an empty string."""
         self.beyond = beyond
         return beyond
-
-    def _check_parameters(self, what: str, function: Callable[..., Any]) -> None:
-        ours = list(inspect.signature(function).parameters)
-        if ours != self.parameters:
-            raise TypeError(
-                f"{what} of {self.name!r} takes {ours}, its reference {self.parameters}"
-            )
 
     def __repr__(self) -> str:
         return f"<op {self.name}>"
@@ -334,10 +331,9 @@ class FusedFormula(Formula):
         return tuple(i in self.of_gradients for i in range(len(self.inputs)))
 
     def triton(self, launcher: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """Register the Triton launcher: of an object that has all inputs and parameters but the
-        `number`, it answers `Passes` for all calls with tensors that are laid out alike."""
-        self.launcher = launcher
-        return launcher
+        """Register the Triton launcher: of what is given, but for the `number`, it answers
+        `Passes` for all calls with tensors that are laid out alike."""
+        return super().triton(launcher)
 
     def on_cpu(self, form: Any) -> Any:
         """Register what evaluates both passes on a CPU, as the modules beside `dispatch` do."""

@@ -38,6 +38,11 @@ def power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def strided(x: Tensor | None, skipped: int = 0) -> tuple[Any, ...] | None:
+    """A tensor as kernels take it: in front of its strides, but for the first `skipped`."""
+    return None if x is None else (x, *x.stride()[skipped:])
+
+
 def _neighbours(n_inner: int, n_segment: int) -> int:
     """How many consecutive rows share their outer index, wherever a program starts.
 
@@ -81,7 +86,7 @@ def _run(
     """Forward the losses; backward, where there is `dout`, nothing: the gradients are filled."""
     rows, first = call.rows, _first(inputs)
     assert call.op.launcher is not None
-    tile: Tile = call.op.launcher(*inputs, **dict(call.params))
+    tile: Tile = call.op.launcher(call.op.given(*inputs, **dict(call.params)))
     n_rows = math.prod(rows)
     each = call.keep == len(rows)
     n_segment = n_rows if each else math.prod(rows[call.keep :])

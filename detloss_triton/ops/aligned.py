@@ -19,6 +19,7 @@ from detloss_triton.engine import (
     fused_op,
     power_of_2,
     row_shape,
+    strided,
 )
 from detloss_triton.precision import arithmetic_dtype, at_least_float32
 
@@ -246,10 +247,10 @@ def _(given: Any) -> Plan:
         n_segments=given.heads,
         arguments={
             "sizes": sizes,
-            "target": (index, *index.stride()),
-            "score": (weight, *weight.stride()),
-            "anchors": tuple((x, *x.stride()) for x in given.anchors),
-            "targets": (objects, *objects.stride()[1:]),
+            "target": strided(index),
+            "score": strided(weight),
+            "anchors": tuple(strided(x) for x in given.anchors),
+            "targets": strided(objects, 1),
             "s_image": objects.stride(0),
             "n_images": n_images,
             "n_targets": objects.shape[1],

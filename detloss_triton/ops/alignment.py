@@ -12,7 +12,7 @@ from torch import Tensor
 from detloss_triton import backend
 from detloss_triton.backend import kernels
 from detloss_triton.boxes import Columns, columns, from_ltrb, ltrb, overlap
-from detloss_triton.engine import Sample, direct, power_of_2, slices
+from detloss_triton.engine import Sample, direct, power_of_2, slices, strided
 from detloss_triton.precision import arithmetic_dtype, at_least_float32
 
 from .regression import YOLOV9_EPS, added_iou, centre_term, ciou
@@ -141,39 +141,29 @@ def align(
 
 
 @align.on_cpu
-def _(
-    logits: tuple[Tensor, ...],
-    sides: tuple[Tensor, ...],
-    anchors: Tensor,
-    decoding: tuple[Tensor, ...],
-    strides: tuple[Tensor, ...],
-    targets: Tensor,
-    iou: str,
-    iou_power: float,
-    class_power: float,
-    topk: int,
-    heads: int,
-    rules: str,
-    reach: float,
-) -> tuple[Tensor, Tensor]:
+def _(given: Any) -> tuple[Tensor, Tensor]:
     """Evaluates the pairs that overlap: the others, nearly all, have a similarity of 0."""
-    dtype = arithmetic_dtype(*logits, *sides, targets)
-    boxes = _boxes(sides, decoding, heads).to(dtype)
-    n_images, n_targets = targets.shape[:2]
-    n_problems, n_anchors, n_levels = heads * n_images, len(anchors), len(sides) // heads
+    dtype = arithmetic_dtype(*given.logits, *given.sides, given.targets)
+    boxes = _boxes(given.sides, given.decoding, given.heads).to(dtype)
+    n_images, n_targets = given.targets.shape[:2]
+    n_problems, n_anchors, n_levels = (
+        given.heads * n_images,
+        len(given.anchors),
+        len(given.sides) // given.heads,
+    )
     if n_problems * n_targets * n_anchors == 0:
-        return _nothing(n_problems, anchors, dtype)
-    label, of_target = _by_part(targets, logits[0].shape[1])
-    points = anchors.to(dtype).unbind(-1)
-    kept = min(topk, n_anchors)
+        return _nothing(n_problems, given.anchors, dtype)
+    label, of_target = _by_part(given.targets, given.logits[0].shape[1])
+    points = given.anchors.to(dtype).unbind(-1)
+    kept = min(given.topk, n_anchors)
     top = boxes.new_empty(n_problems, n_targets, kept)
     index = label.new_empty(top.shape)
     best = boxes.new_zeros(n_problems, n_targets)
     similar = torch.zeros_like(top)
-    limits = [reach * x.to(dtype) for x in strides]
+    limits = [given.reach * x.to(dtype) for x in given.strides]
     for i, p in enumerate(boxes):
         head, image = divmod(i, n_images)
-        classes = [x[image] for x in logits[head * n_levels : (head + 1) * n_levels]]
+        classes = [x[image] for x in given.logits[head * n_levels : (head + 1) * n_levels]]
         t = of_target[image].to(dtype)
         for some in slices(n_targets, n_anchors):
             # An overlap of NaN is not 0, so it is evaluated and shows.
@@ -182,14 +172,16 @@ def _(
             of_label = torch.cat([x.index_select(0, label[image, some]) for x in classes], 1)
             of_label = of_label[target, anchor].to(dtype)
             of_pair = _columns(t[some].T.index_select(1, target))
-            score = _similarity(_columns(p.index_select(1, anchor)), of_pair, iou, rules)
-            value = _metric(score, of_label, iou_power, class_power, rules)
+            score = _similarity(
+                _columns(p.index_select(1, anchor)), of_pair, given.iou, given.rules
+            )
+            value = _metric(score, of_label, given.iou_power, given.class_power, given.rules)
             at = [x[anchor] for x in points]
             is_inside = _is_inside(at, of_pair, *(x[anchor] for x in limits))
             metric = boxes.new_zeros(near.shape)
             metric[target, anchor] = value.masked_fill(~is_inside, 0)
             top[i, some], index[i, some] = _largest(metric, kept)
-            if rules == "otx":
+            if given.rules == "otx":
                 best[i, some].scatter_reduce_(0, target, score, "amax")
             else:
                 metric[target, anchor] = value
@@ -197,7 +189,7 @@ def _(
                 scores[target, anchor] = score
                 found = _at_least_one(top[i, some], index[i, some], metric, scores)
                 top[i, some], index[i, some], similar[i, some], best[i, some] = found
-    if rules == "otx":
+    if given.rules == "otx":
         return _winners(top, index, best, n_anchors)
     return _winners_by_iou(top, index, similar, best, n_anchors)
 
@@ -348,60 +340,55 @@ _SIMILARITY = {
 
 
 @align.triton
-def _(
-    logits: tuple[Tensor, ...],
-    sides: tuple[Tensor, ...],
-    anchors: Tensor,
-    decoding: tuple[Tensor, ...],
-    strides: tuple[Tensor, ...],
-    targets: Tensor,
-    iou: str,
-    iou_power: float,
-    class_power: float,
-    topk: int,
-    heads: int,
-    rules: str,
-    reach: float,
-) -> tuple[Tensor, Tensor]:
-    n_images, n_targets = targets.shape[:2]
-    n_problems, n_anchors = heads * n_images, len(anchors)
+def _(given: Any) -> tuple[Tensor, Tensor]:
+    n_images, n_targets = given.targets.shape[:2]
+    n_problems, n_anchors = given.heads * n_images, len(given.anchors)
     if n_problems * n_targets * n_anchors == 0:
-        return _nothing(n_problems, anchors, torch.float32)
-    sizes = tuple(x.shape[2] for x in sides[: len(sides) // heads])
+        return _nothing(n_problems, given.anchors, torch.float32)
+    sizes = tuple(x.shape[2] for x in given.sides[: len(given.sides) // given.heads])
     n_blocks = sum(-(-n // _BLOCK) for n in sizes)
-    score = anchors.new_empty((n_problems, n_anchors), dtype=torch.float32)
+    score = given.anchors.new_empty((n_problems, n_anchors), dtype=torch.float32)
     target = score.new_empty(score.shape, dtype=torch.int64)
     key = torch.empty_like(target)
     metric = score.new_empty((n_problems, n_targets, n_anchors))
     best = score.new_empty((n_problems, n_targets, n_blocks))
     scale = score.new_empty((n_problems, n_targets, 2))
-    by_iou = rules == "yolo"
+    by_iou = given.rules == "yolo"
     kept = None
     if by_iou:
         best = torch.empty_like(best, dtype=torch.int64)
-        kept = best.new_empty((n_problems, n_targets, min(topk, n_anchors)))
-    metric_of = iou, YOLOV9_EPS[rules], float(iou_power), float(class_power), float(reach)
+        kept = best.new_empty((n_problems, n_targets, min(given.topk, n_anchors)))
+    metric_of = (
+        given.iou,
+        YOLOV9_EPS[given.rules],
+        float(given.iou_power),
+        float(given.class_power),
+        float(given.reach),
+    )
     of_sides = {
-        "sides": _with_strides(_of_one_dtype(sides)),
+        "sides": _with_strides(_of_one_dtype(given.sides)),
         "sizes": sizes,
-        "decoding": _with_strides(decoding) if decoding else None,
+        "decoding": _with_strides(given.decoding) if given.decoding else None,
     }
     of_targets = {
-        "targets": (targets, *targets.stride()[1:]),
-        "s_image": targets.stride(0),
+        "targets": strided(given.targets, 1),
+        "s_image": given.targets.stride(0),
         "n_images": n_images,
         "n_targets": n_targets,
-        "n_classes": logits[0].shape[1],
+        "n_classes": given.logits[0].shape[1],
         "n_anchors": n_anchors,
         "n_blocks": n_blocks,
     }
     backend.launch(
         kernels.alignment.metric_kernel,
         (n_problems * -(-n_targets // _TARGETS) * n_blocks,),
-        anchors.device,
-        logits=_with_strides(_of_one_dtype(logits)),
+        given.anchors.device,
+        logits=_with_strides(_of_one_dtype(given.logits)),
         **of_sides,
-        anchors=((anchors, *anchors.stride()), *(_with_strides(strides) or (None,))),
+        anchors=(
+            strided(given.anchors),
+            *(_with_strides(given.strides) or (None,)),
+        ),
         p_metric=metric,
         p_best=best,
         p_key=key,
@@ -413,7 +400,7 @@ def _(
     backend.launch(
         kernels.alignment.candidates_kernel,
         (n_problems * n_targets,),
-        anchors.device,
+        given.anchors.device,
         **(of_sides if by_iou else dict.fromkeys(of_sides)),
         p_metric=metric,
         p_best=best,
@@ -421,14 +408,14 @@ def _(
         p_key=key,
         p_kept=kept,
         **of_targets,
-        topk=topk,
+        topk=given.topk,
         METRIC=metric_of,
         BA=min(power_of_2(n_anchors), _WIDE_BLOCK),
     )
     backend.launch(
         kernels.alignment.winners_kernel,
         (-(-target.numel() // _BLOCK),),
-        anchors.device,
+        given.anchors.device,
         p_key=key,
         p_scale=scale,
         p_kept=kept,
@@ -436,7 +423,7 @@ def _(
         p_score=score,
         n_targets=n_targets,
         n_anchors=n_anchors,
-        n_kept=min(topk, n_anchors),
+        n_kept=min(given.topk, n_anchors),
         n=target.numel(),
         EPS=_METRIC_EPS,
         BA=_BLOCK,
@@ -445,7 +432,7 @@ def _(
 
 
 def _with_strides(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    return tuple((x, *x.stride()) for x in tensors)
+    return tuple(map(strided, tensors))
 
 
 def _of_one_dtype(levels: Sequence[Tensor]) -> Sequence[Tensor]:

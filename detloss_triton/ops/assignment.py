@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,21 +103,21 @@ def _(cost: Tensor, *counts: Tensor) -> str:
 
 
 @optimal_assignment.triton
-def _(cost: Tensor, n_rows: Tensor | None, n_cols: Tensor | None) -> Tensor:
-    n_problems, n_rows_max, n_cols_max = cost.shape
-    if cost.numel() == 0:
-        return cost.new_full((n_problems, n_rows_max), -1, dtype=torch.int64)
-    column_of_row = cost.new_empty((n_problems, n_rows_max), dtype=torch.int64)
+def _(given: Any) -> Tensor:
+    n_problems, n_rows_max, n_cols_max = given.cost.shape
+    if given.cost.numel() == 0:
+        return given.cost.new_full((n_problems, n_rows_max), -1, dtype=torch.int64)
+    column_of_row = given.cost.new_empty((n_problems, n_rows_max), dtype=torch.int64)
     block = max(power_of_2(max(n_rows_max, n_cols_max)), _COLUMNS_PER_WARP)
-    s_problem, s_row, s_column = cost.stride()
-    counts = [n for n in (n_rows, n_cols) if n is not None]
+    s_problem, s_row, s_column = given.cost.stride()
+    counts = [n for n in (given.n_rows, given.n_cols) if n is not None]
     backend.launch(
         kernels.assignment.assignment_kernel,
         (n_problems,),
-        cost.device,
-        p_cost=cost,
-        p_n_rows=None if n_rows is None else n_rows.contiguous(),
-        p_n_cols=None if n_cols is None else n_cols.contiguous(),
+        given.cost.device,
+        p_cost=given.cost,
+        p_n_rows=None if given.n_rows is None else given.n_rows.contiguous(),
+        p_n_cols=None if given.n_cols is None else given.n_cols.contiguous(),
         p_column_of_row=column_of_row,
         s_problem=s_problem,
         s_row=s_row,

@@ -5,6 +5,7 @@ No gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from detloss_triton import backend
 from detloss_triton.backend import kernels
 from detloss_triton.boxes import columns
-from detloss_triton.engine import Sample, direct, power_of_2
+from detloss_triton.engine import Sample, direct, power_of_2, strided
 from detloss_triton.precision import arithmetic_dtype
 
 from .assigning import IOU_EPS, iou, nothing, parts, real, told, told_to_few, unwritten
@@ -76,31 +77,21 @@ def assign_atss(
 
 
 @assign_atss.on_cpu
-def _(
-    anchors: Tensor,
-    inside: Tensor | None,
-    labels: Tensor,
-    targets: Tensor,
-    counts: Tensor,
-    sizes: tuple[int, ...],
-    topk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    a, t = (x.to(arithmetic_dtype(anchors, targets)) for x in (anchors, targets))
-    target = _chosen(a, inside, real(labels, counts), t, sizes, topk, _by_topk)
-    return told_to_few(target, a, labels, t)
+def _(given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a, t = (
+        x.to(arithmetic_dtype(given.anchors, given.targets)) for x in (given.anchors, given.targets)
+    )
+    target = _chosen(
+        a, given.inside, real(given.labels, given.counts), t, given.sizes, given.topk, _by_topk
+    )
+    return told_to_few(target, a, given.labels, t)
 
 
 @assign_atss.shaped_as
-def _(
-    anchors: Tensor,
-    inside: Tensor | None,
-    labels: Tensor,
-    targets: Tensor,
-    counts: Tensor,
-    sizes: tuple[int, ...],
-    topk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return nothing(len(anchors), targets.to(arithmetic_dtype(anchors, targets)))
+def _(given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return nothing(
+        len(given.anchors), given.targets.to(arithmetic_dtype(given.anchors, given.targets))
+    )
 
 
 def _chosen(
@@ -196,24 +187,20 @@ def _threshold(overlap: Tensor, is_used: Tensor) -> Tensor:
 
 
 @assign_atss.triton
-def _(
-    anchors: Tensor,
-    inside: Tensor | None,
-    labels: Tensor,
-    targets: Tensor,
-    counts: Tensor,
-    sizes: tuple[int, ...],
-    topk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (n_images, n_targets), n_anchors = labels.shape, len(anchors)
+def _(given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (n_images, n_targets), n_anchors = given.labels.shape, len(given.anchors)
     if n_images * n_targets * n_anchors == 0:
-        return nothing(n_anchors, targets.to(torch.float32))
-    told = unwritten(n_anchors, targets)
+        return nothing(n_anchors, given.targets.to(torch.float32))
+    told = unwritten(n_anchors, given.targets)
     bids = torch.zeros_like(told[0])
     n_blocks = -(-n_anchors // _BLOCK)
     shared = {
-        "anchors": (anchors, *anchors.stride()),
-        "targets": (labels.contiguous(), targets.contiguous(), counts.contiguous()),
+        "anchors": strided(given.anchors),
+        "targets": (
+            given.labels.contiguous(),
+            given.targets.contiguous(),
+            given.counts.contiguous(),
+        ),
         "p_bids": bids,
         "n_targets": n_targets,
         "n_anchors": n_anchors,
@@ -222,19 +209,19 @@ def _(
     backend.launch(
         kernels.atss.bids_kernel,
         (n_images * n_targets,),
-        anchors.device,
+        given.anchors.device,
         **shared,
-        inside=None if inside is None else (inside, *inside.stride()),
-        sizes=tuple(sizes),
-        topk=topk,
+        inside=strided(given.inside),
+        sizes=tuple(given.sizes),
+        topk=given.topk,
         MARGIN=MARGIN,
-        BK=power_of_2(len(sizes) * topk),
-        BA=min(power_of_2(max(sizes)), _WIDE_BLOCK),
+        BK=power_of_2(len(given.sizes) * given.topk),
+        BA=min(power_of_2(max(given.sizes)), _WIDE_BLOCK),
     )
     backend.launch(
         kernels.atss.winners_kernel,
         (n_images * n_blocks,),
-        anchors.device,
+        given.anchors.device,
         **shared,
         told=told,
         n_blocks=n_blocks,

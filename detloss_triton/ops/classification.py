@@ -124,8 +124,8 @@ def _(logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 @binary_cross_entropy.triton
-def _(logits: Tensor, label: Any, score: Any, mask: Any) -> Tile:
-    return _tile(logits, "bce")
+def _(given: Any) -> Tile:
+    return _tile(given.logits, "bce")
 
 
 @row_loss(
@@ -158,8 +158,8 @@ def _(logits: Tensor, mask: Tensor | None, alpha: float, gamma: float) -> tuple[
 
 
 @sigmoid_focal.triton
-def _(logits: Tensor, label: Any, score: Any, mask: Any, alpha: float, gamma: float) -> Tile:
-    return _tile(logits, "focal", alpha, gamma)
+def _(given: Any) -> Tile:
+    return _tile(given.logits, "focal", given.alpha, given.gamma)
 
 
 @row_loss(
@@ -182,8 +182,8 @@ def _(logits: Tensor, mask: Tensor | None, beta: float) -> tuple[Tensor, Tensor]
 
 
 @quality_focal.triton
-def _(logits: Tensor, label: Any, score: Any, mask: Any, beta: float) -> Tile:
-    return _tile(logits, "quality_focal", beta)
+def _(given: Any) -> Tile:
+    return _tile(given.logits, "quality_focal", given.beta)
 
 
 @row_loss(
@@ -216,8 +216,8 @@ def _held_background(
 
 
 @varifocal.triton
-def _(logits: Tensor, label: Any, score: Any, mask: Any, alpha: float, gamma: float) -> Tile:
-    return _tile(logits, "varifocal", alpha, gamma)
+def _(given: Any) -> Tile:
+    return _tile(given.logits, "varifocal", given.alpha, given.gamma)
 
 
 @row_loss(
@@ -248,8 +248,8 @@ matchability.of_background(_held_background)
 
 
 @matchability.triton
-def _(logits: Tensor, label: Any, score: Any, mask: Any, alpha: float, gamma: float) -> Tile:
-    return _tile(logits, "matchability", alpha, gamma)
+def _(given: Any) -> Tile:
+    return _tile(given.logits, "matchability", given.alpha, given.gamma)
 
 
 @row_loss(
@@ -288,5 +288,5 @@ def _(logits: Tensor, mask: Tensor | None, alpha: float, gamma: float) -> tuple[
 
 
 @iou_aware.triton
-def _(logits: Tensor, label: Any, score: Any, mask: Any, alpha: float, gamma: float) -> Tile:
-    return _tile(logits, "iou_aware", alpha, gamma, LEAST_TARGET)
+def _(given: Any) -> Tile:
+    return _tile(given.logits, "iou_aware", given.alpha, given.gamma, LEAST_TARGET)

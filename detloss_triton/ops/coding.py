@@ -85,13 +85,16 @@ def _centre_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @delta_decode.triton
-def _(
-    deltas: Tensor, anchors: Tensor, means: Any, stds: Any, limit: float, max_shift: float
-) -> Tile:
+def _(given: Any) -> Tile:
     return Tile(
         kernels.boxes.delta_decode_kernel,
         rows=TILE // 8,
-        constants={"CODE": ("deltas", *map(float, (*means, *stds, limit, max_shift)))},
+        constants={
+            "CODE": (
+                "deltas",
+                *map(float, (*given.means, *given.stds, given.limit, given.max_shift)),
+            )
+        },
     )
 
 
@@ -115,5 +118,5 @@ def distance_decode(distances: Tensor, points: Tensor) -> Tensor:
 
 
 @distance_decode.triton
-def _(distances: Tensor, points: Tensor) -> Tile:
+def _(given: Any) -> Tile:
     return Tile(kernels.boxes.distance_decode_kernel, rows=TILE // 4)

@@ -73,8 +73,8 @@ def _surprisal(log_p: Tensor, index: Tensor) -> Tensor:
 
 
 @two_bin.triton
-def _(logits: Tensor, left: Any, weight_left: Any, weight_right: Any) -> Tile:
-    return _whole_rows(kernels.distributions.two_bin_kernel, logits)
+def _(given: Any) -> Tile:
+    return _whole_rows(kernels.distributions.two_bin_kernel, given.logits)
 
 
 @two_bin.limited
@@ -129,6 +129,6 @@ distillation.limited(_beyond)
 
 
 @distillation.triton
-def _(student: Tensor, teacher: Tensor, temperature: float) -> Tile:
+def _(given: Any) -> Tile:
     kernel = kernels.distributions.distillation_kernel
-    return _whole_rows(kernel, student, TEMPERATURE=float(temperature))
+    return _whole_rows(kernel, given.student, TEMPERATURE=float(given.temperature))

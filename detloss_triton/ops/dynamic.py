@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from detloss_triton import backend
 from detloss_triton.backend import kernels
 from detloss_triton.boxes import Columns, columns
-from detloss_triton.engine import Sample, direct, power_of_2, slices
+from detloss_triton.engine import Sample, direct, power_of_2, slices, strided
 from detloss_triton.precision import arithmetic_dtype
 
 from .assigning import IOU_EPS, iou, nothing, parts, real, told, told_to_few, unwritten
@@ -155,110 +156,74 @@ def assign_dynamic(
 
 
 @assign_dynamic.shaped_as
-def _(
-    logits: Tensor,
-    objectness: Tensor | None,
-    boxes: Tensor,
-    points: Tensor,
-    labels: Tensor,
-    targets: Tensor,
-    counts: Tensor,
-    cost: str,
-    radius: float,
-    iou_weight: float,
-    class_weight: float,
-    topk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return nothing(logits.shape[1], targets.to(arithmetic_dtype(logits, boxes, targets)))
+def _(given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return nothing(
+        given.logits.shape[1],
+        given.targets.to(arithmetic_dtype(given.logits, given.boxes, given.targets)),
+    )
 
 
 @assign_dynamic.on_cpu
-def _(
-    logits: Tensor,
-    objectness: Tensor | None,
-    boxes: Tensor,
-    points: Tensor,
-    labels: Tensor,
-    targets: Tensor,
-    counts: Tensor,
-    cost: str,
-    radius: float,
-    iou_weight: float,
-    class_weight: float,
-    topk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Image by image, of its targets and candidates alone, which few anchors are."""
-    dtype = arithmetic_dtype(logits, boxes, targets)
-    t = targets.to(dtype)
-    target = torch.full((len(labels), len(points)), -1, device=t.device)
-    is_real = real(labels, counts) & (labels < logits.shape[2])
-    at = _columns(points, dtype)
-    for i in range(len(labels)):
+    dtype = arithmetic_dtype(given.logits, given.boxes, given.targets)
+    t = given.targets.to(dtype)
+    target = torch.full((len(given.labels), len(given.points)), -1, device=t.device)
+    is_real = real(given.labels, given.counts) & (given.labels < given.logits.shape[2])
+    at = _columns(given.points, dtype)
+    for i in range(len(given.labels)):
         which = is_real[i].nonzero().squeeze(1)
         box = t[i : i + 1, which]
-        is_candidate = _candidates(at, box, is_real[i : i + 1, which], cost, radius)
+        is_candidate = _candidates(at, box, is_real[i : i + 1, which], given.cost, given.radius)
         anchor = is_candidate[0].nonzero().squeeze(1)
-        of_image, *_ = assign_dynamic.reference(
-            logits[i : i + 1, anchor],
-            None if objectness is None else objectness[i : i + 1, anchor],
-            boxes[i : i + 1, anchor],
-            points[anchor],
-            labels[i : i + 1, which],
-            box,
-            counts.new_full((1,), len(which)),
-            cost,
-            radius,
-            iou_weight,
-            class_weight,
-            topk,
-        )
+        some = {
+            "logits": given.logits[i : i + 1, anchor],
+            "objectness": None if given.objectness is None else given.objectness[i : i + 1, anchor],
+            "boxes": given.boxes[i : i + 1, anchor],
+            "points": given.points[anchor],
+            "labels": given.labels[i : i + 1, which],
+            "targets": box,
+            "counts": given.counts.new_full((1,), len(which)),
+        }
+        of_image, *_ = assign_dynamic.reference(**{**vars(given), **some})
         got = (of_image[0] >= 0).nonzero().squeeze(1)
         target[i, anchor[got]] = which[of_image[0, got]]
-    return told_to_few(target, boxes.to(dtype), labels, t)
+    return told_to_few(target, given.boxes.to(dtype), given.labels, t)
 
 
 @assign_dynamic.triton
-def _(
-    logits: Tensor,
-    objectness: Tensor | None,
-    boxes: Tensor,
-    points: Tensor,
-    labels: Tensor,
-    targets: Tensor,
-    counts: Tensor,
-    cost: str,
-    radius: float,
-    iou_weight: float,
-    class_weight: float,
-    topk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (n_images, n_anchors, n_classes), n_targets = logits.shape, labels.shape[1]
+def _(given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (n_images, n_anchors, n_classes), n_targets = given.logits.shape, given.labels.shape[1]
     if n_images * n_targets * n_anchors == 0:
-        return nothing(n_anchors, targets.to(torch.float32))
-    told = unwritten(n_anchors, targets)
+        return nothing(n_anchors, given.targets.to(torch.float32))
+    told = unwritten(n_anchors, given.targets)
     elsewhere, bids = torch.empty_like(told[2]), torch.empty_like(told[0])
     overlap = elsewhere.new_empty((n_images, n_targets, n_anchors))
     rank = torch.empty_like(overlap, dtype=torch.int32)
     n_blocks = -(-n_anchors // _BLOCK)
-    of_cost = (radius, iou_weight, class_weight, LOG_EPS, LOWEST_LOG)
+    of_cost = (given.radius, given.iou_weight, given.class_weight, LOG_EPS, LOWEST_LOG)
     packed = {
-        "targets": (labels.contiguous(), targets.contiguous(), counts.contiguous()),
+        "targets": (
+            given.labels.contiguous(),
+            given.targets.contiguous(),
+            given.counts.contiguous(),
+        ),
         "n_targets": n_targets,
         "n_anchors": n_anchors,
         "n_classes": n_classes,
     }
     predicted = {
-        "logits": (logits, *logits.stride()),
-        "objectness": None if objectness is None else (objectness, *objectness.stride()),
-        "points": (points, *points.stride()),
+        "logits": strided(given.logits),
+        "objectness": strided(given.objectness),
+        "points": strided(given.points),
         "p_elsewhere": elsewhere,
-        "COST": (cost, *map(float, of_cost), HIGHEST_COST, SOFT_POWER),
+        "COST": (given.cost, *map(float, of_cost), HIGHEST_COST, SOFT_POWER),
     }
-    of_boxes = {"boxes": (boxes, *boxes.stride()), "n_blocks": n_blocks, "EPS": IOU_EPS}
+    of_boxes = {"boxes": strided(given.boxes), "n_blocks": n_blocks, "EPS": IOU_EPS}
     backend.launch(
         kernels.dynamic.candidates_kernel,
         (n_images * n_blocks,),
-        boxes.device,
+        given.boxes.device,
         **predicted,
         **packed,
         p_bids=bids,
@@ -269,7 +234,7 @@ def _(
     backend.launch(
         kernels.dynamic.costs_kernel,
         (n_images * -(-n_targets // _TARGETS) * n_blocks,),
-        boxes.device,
+        given.boxes.device,
         **predicted,
         **packed,
         **of_boxes,
@@ -281,19 +246,19 @@ def _(
     backend.launch(
         kernels.dynamic.bids_kernel,
         (n_images * n_targets,),
-        boxes.device,
+        given.boxes.device,
         **packed,
         p_rank=rank,
         p_overlap=overlap,
         p_bids=bids,
-        topk=topk,
+        topk=given.topk,
         BID=BID,
         BA=min(power_of_2(n_anchors), _WIDE_BLOCK),
     )
     backend.launch(
         kernels.dynamic.winners_kernel,
         (n_images * n_blocks,),
-        boxes.device,
+        given.boxes.device,
         **packed,
         **of_boxes,
         p_rank=rank,

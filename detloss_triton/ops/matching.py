@@ -11,7 +11,7 @@ from torch import Tensor
 from detloss_triton import backend
 from detloss_triton.backend import kernels
 from detloss_triton.boxes import Columns, columns
-from detloss_triton.engine import Sample, direct
+from detloss_triton.engine import Sample, direct, strided
 from detloss_triton.precision import arithmetic_dtype
 
 from .regression import GIOU_EPS, UNION_EPS, giou, iou_and_union
@@ -99,26 +99,24 @@ def match_cost(
 
 
 @match_cost.on_cpu
-def _(
-    logits: tuple[Tensor, ...],
-    boxes: tuple[Tensor, ...],
-    labels: Tensor,
-    targets: Tensor,
-    cost_class: float,
-    cost_bbox: float,
-    cost_giou: float,
-    alpha: float,
-    gamma: float,
-    softmax: bool,
-    iou_power: float,
-) -> Tensor:
+def _(given: Any) -> Tensor:
     """Layer by layer: what a CPU holds at a time stays in its caches."""
-    (n_images, n_queries, _), n_targets = logits[0].shape, labels.shape[1]
-    weights = (cost_class, cost_bbox, cost_giou, alpha, gamma, softmax, iou_power)
-    dtype = arithmetic_dtype(*logits, *boxes, targets)
-    cost = boxes[0].new_empty((len(logits), n_images, n_targets, n_queries), dtype=dtype)
-    for out, x, box in zip(cost, logits, boxes, strict=True):
-        out.copy_(match_cost.reference((x,), (box,), labels, targets, *weights))
+    (n_images, n_queries, _), n_targets = given.logits[0].shape, given.labels.shape[1]
+    weights = (
+        given.cost_class,
+        given.cost_bbox,
+        given.cost_giou,
+        given.alpha,
+        given.gamma,
+        given.softmax,
+        given.iou_power,
+    )
+    dtype = arithmetic_dtype(*given.logits, *given.boxes, given.targets)
+    cost = given.boxes[0].new_empty(
+        (len(given.logits), n_images, n_targets, n_queries), dtype=dtype
+    )
+    for out, x, box in zip(cost, given.logits, given.boxes, strict=True):
+        out.copy_(match_cost.reference((x,), (box,), given.labels, given.targets, *weights))
     return cost.flatten(0, 1)
 
 
@@ -128,43 +126,37 @@ def _corners(c: Sequence[Tensor]) -> Columns:
 
 
 @match_cost.triton
-def _(
-    logits: tuple[Tensor, ...],
-    boxes: tuple[Tensor, ...],
-    labels: Tensor,
-    targets: Tensor,
-    cost_class: float,
-    cost_bbox: float,
-    cost_giou: float,
-    alpha: float,
-    gamma: float,
-    softmax: bool,
-    iou_power: float,
-) -> Tensor:
-    n_images, n_queries, n_classes = logits[0].shape
-    n_targets = labels.shape[1]
-    shape = (len(logits) * n_images, n_targets, n_queries)
-    cost = boxes[0].new_empty(shape, dtype=torch.float32)
+def _(given: Any) -> Tensor:
+    n_images, n_queries, n_classes = given.logits[0].shape
+    n_targets = given.labels.shape[1]
+    shape = (len(given.logits) * n_images, n_targets, n_queries)
+    cost = given.boxes[0].new_empty(shape, dtype=torch.float32)
     if cost.numel() == 0:
         return cost
     n_blocks = -(-n_queries // _QUERIES)
     backend.launch(
         kernels.matching.match_cost_kernel,
-        (len(logits) * n_images * -(-n_targets // _TARGETS) * n_blocks,),
-        labels.device,
-        logits=_layers(logits),
-        boxes=_layers(boxes),
-        labels=(labels, *labels.stride()[1:]),
-        targets=(targets, *targets.stride()[1:]),
+        (len(given.logits) * n_images * -(-n_targets // _TARGETS) * n_blocks,),
+        given.labels.device,
+        logits=_layers(given.logits),
+        boxes=_layers(given.boxes),
+        labels=strided(given.labels, 1),
+        targets=strided(given.targets, 1),
         p_cost=cost,
-        s_labels=labels.stride(0),
-        s_targets=targets.stride(0),
+        s_labels=given.labels.stride(0),
+        s_targets=given.targets.stride(0),
         n_images=n_images,
         n_targets=n_targets,
         n_queries=n_queries,
         n_classes=n_classes,
-        WEIGHTS=(float(cost_class), float(cost_bbox), float(cost_giou)),
-        CLASSES=(bool(softmax), float(alpha), float(gamma), _LOG_EPS, float(iou_power)),
+        WEIGHTS=(float(given.cost_class), float(given.cost_bbox), float(given.cost_giou)),
+        CLASSES=(
+            bool(given.softmax),
+            float(given.alpha),
+            float(given.gamma),
+            _LOG_EPS,
+            float(given.iou_power),
+        ),
         EPS=(UNION_EPS, GIOU_EPS),
         BT=_TARGETS,
         BQ=_QUERIES,
@@ -172,9 +164,9 @@ def _(
     return cost
 
 
-def _layers(tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], ...]:
+def _layers(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     """(tensor, strides) of each layer, in one way."""
-    return tuple((x, *x.stride()) for x in of_one_layout(tensors))
+    return tuple(map(strided, of_one_layout(tensors)))
 
 
 def of_one_layout(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -224,19 +216,19 @@ def union_of_matches(matches: Tensor, n_targets: int) -> Tensor:
 
 
 @union_of_matches.triton
-def _(matches: Tensor, n_targets: int) -> Tensor:
-    n_layers, n_images, n_queries = matches.shape
-    union = matches.new_empty((1, n_images, n_queries), dtype=torch.int64)
+def _(given: Any) -> Tensor:
+    n_layers, n_images, n_queries = given.matches.shape
+    union = given.matches.new_empty((1, n_images, n_queries), dtype=torch.int64)
     n_blocks = -(-n_queries // _BLOCK)
     if union.numel() > 0:
         backend.launch(
             kernels.matching.union_kernel,
             (n_images * n_blocks,),
-            matches.device,
-            matches=(matches, *matches.stride()),
+            given.matches.device,
+            matches=strided(given.matches),
             p_union=union,
             n_layers=n_layers,
-            n_targets=n_targets,
+            n_targets=given.n_targets,
             n_queries=n_queries,
             n_blocks=n_blocks,
             BQ=_BLOCK,

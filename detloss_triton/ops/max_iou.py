@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from detloss_triton import backend
 from detloss_triton.backend import kernels
 from detloss_triton.boxes import Columns, area, columns, overlap
-from detloss_triton.engine import Sample, direct
+from detloss_triton.engine import Sample, direct, strided
 from detloss_triton.precision import arithmetic_dtype
 
 from .assigning import IOU_EPS, iou, nothing, parts, real, told, told_to_few, unwritten
@@ -85,37 +86,26 @@ def assign_max_iou(
 
 
 @assign_max_iou.on_cpu
-def _(
-    anchors: Tensor,
-    inside: Tensor | None,
-    labels: Tensor,
-    targets: Tensor,
-    counts: Tensor,
-    ignored: tuple[Tensor, ...],
-    pos_iou: float,
-    neg_low: float,
-    neg_high: float,
-    min_pos_iou: float,
-    gt_max_assign_all: bool,
-    ignore_iof: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Image by image, of its rows alone: what a CPU holds at a time stays in its caches."""
-    a, t = (x.to(arithmetic_dtype(anchors, targets)) for x in (anchors, targets))
-    thresholds = (pos_iou, neg_low, neg_high, min_pos_iou)
-    is_out = _out(a, inside, ignored, ignore_iof, len(labels))
+    a, t = (
+        x.to(arithmetic_dtype(given.anchors, given.targets)) for x in (given.anchors, given.targets)
+    )
+    thresholds = (given.pos_iou, given.neg_low, given.neg_high, given.min_pos_iou)
+    is_out = _out(a, given.inside, given.ignored, given.ignore_iof, len(given.labels))
     box = _columns(a)
-    target = labels.new_empty((len(labels), len(a)), dtype=torch.int64)
+    target = given.labels.new_empty((len(given.labels), len(a)), dtype=torch.int64)
     is_ignored = torch.empty_like(target, dtype=torch.bool)
-    for i, n in enumerate(counts.clamp(0, labels.shape[1]).tolist()):
-        here, is_real = slice(i, i + 1), labels[i : i + 1, :n] >= 0
+    for i, n in enumerate(given.counts.clamp(0, given.labels.shape[1]).tolist()):
+        here, is_real = slice(i, i + 1), given.labels[i : i + 1, :n] >= 0
         if is_real.all() and len(a) and 0 < n <= next(parts(n, len(a))).stop:
             out = None if is_out is None else is_out[i]
-            found = _chosen_at_once(box, out, t[i, :n], thresholds, gt_max_assign_all)
+            found = _chosen_at_once(box, out, t[i, :n], thresholds, given.gt_max_assign_all)
         else:
             out = None if is_out is None else is_out[here]
-            found = _chosen(box, out, is_real, t[here, :n], thresholds, gt_max_assign_all)
+            found = _chosen(box, out, is_real, t[here, :n], thresholds, given.gt_max_assign_all)
         target[i], is_ignored[i] = found
-    return *told_to_few(target, a, labels, t), is_ignored
+    return *told_to_few(target, a, given.labels, t), is_ignored
 
 
 def _chosen_at_once(
@@ -210,60 +200,40 @@ def _out(
 
 
 @assign_max_iou.shaped_as
-def _(
-    anchors: Tensor,
-    inside: Tensor | None,
-    labels: Tensor,
-    targets: Tensor,
-    counts: Tensor,
-    ignored: tuple[Tensor, ...],
-    pos_iou: float,
-    neg_low: float,
-    neg_high: float,
-    min_pos_iou: float,
-    gt_max_assign_all: bool,
-    ignore_iof: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    found = nothing(len(anchors), targets.to(arithmetic_dtype(anchors, targets)))
+def _(given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    found = nothing(
+        len(given.anchors), given.targets.to(arithmetic_dtype(given.anchors, given.targets))
+    )
     return *found, torch.zeros_like(found[0], dtype=torch.bool)
 
 
 @assign_max_iou.triton
-def _(
-    anchors: Tensor,
-    inside: Tensor | None,
-    labels: Tensor,
-    targets: Tensor,
-    counts: Tensor,
-    ignored: tuple[Tensor, ...],
-    pos_iou: float,
-    neg_low: float,
-    neg_high: float,
-    min_pos_iou: float,
-    gt_max_assign_all: bool,
-    ignore_iof: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (n_images, n_targets), n_anchors = labels.shape, len(anchors)
-    told = unwritten(n_anchors, targets)
+def _(given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (n_images, n_targets), n_anchors = given.labels.shape, len(given.anchors)
+    told = unwritten(n_anchors, given.targets)
     is_ignored = torch.empty_like(told[0], dtype=torch.bool)
     if told[0].numel() == 0:
         return *told, is_ignored
     ratio = told[2].new_empty((n_images, n_targets, n_anchors))
-    highest = torch.zeros_like(labels, dtype=torch.int64)
+    highest = torch.zeros_like(given.labels, dtype=torch.int64)
     n_blocks = -(-n_anchors // _BLOCK)
-    has_crowd = len(ignored) > 0 and ignore_iof > 0
+    has_crowd = len(given.ignored) > 0 and given.ignore_iof > 0
     shared = {
-        "anchors": (anchors, *anchors.stride()),
-        "inside": None if inside is None else (inside, *inside.stride()),
-        "targets": (labels.contiguous(), targets.contiguous(), counts.contiguous()),
-        "crowd": tuple(x.contiguous() for x in ignored) if has_crowd else None,
+        "anchors": strided(given.anchors),
+        "inside": strided(given.inside),
+        "targets": (
+            given.labels.contiguous(),
+            given.targets.contiguous(),
+            given.counts.contiguous(),
+        ),
+        "crowd": tuple(x.contiguous() for x in given.ignored) if has_crowd else None,
         "p_ratio": ratio,
         "p_highest": highest,
         "n_targets": n_targets,
-        "n_crowd": ignored[0].shape[1] if has_crowd else 0,
+        "n_crowd": given.ignored[0].shape[1] if has_crowd else 0,
         "n_anchors": n_anchors,
         "n_blocks": n_blocks,
-        "IGNORE": float(ignore_iof),
+        "IGNORE": float(given.ignore_iof),
         "EPS": IOU_EPS,
         "BA": _BLOCK,
     }
@@ -271,18 +241,20 @@ def _(
         backend.launch(
             kernels.max_iou.overlaps_kernel,
             (n_images * -(-n_targets // _TARGETS) * n_blocks,),
-            anchors.device,
+            given.anchors.device,
             **shared,
             BT=_TARGETS,
         )
     backend.launch(
         kernels.max_iou.winners_kernel,
         (n_images * n_blocks,),
-        anchors.device,
+        given.anchors.device,
         **shared,
         told=told,
         p_ignored=is_ignored,
-        THRESHOLDS=tuple(map(float, (pos_iou, neg_low, neg_high, min_pos_iou))),
-        ALL=bool(gt_max_assign_all),
+        THRESHOLDS=tuple(
+            map(float, (given.pos_iou, given.neg_low, given.neg_high, given.min_pos_iou))
+        ),
+        ALL=bool(given.gt_max_assign_all),
     )
     return *told, is_ignored

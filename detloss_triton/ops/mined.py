@@ -20,6 +20,7 @@ from detloss_triton.engine import (
     fused_op,
     new_gradients,
     power_of_2,
+    strided,
     upstream,
 )
 from detloss_triton.precision import are_half, arithmetic_dtype, at_least_float32
@@ -410,7 +411,7 @@ class _Passes(Passes):
 def _(given: Any) -> _Passes:
     images, n_anchors = given.labels[0].shape
     two_bin: Any = distribution.two_bin
-    tile = two_bin.launcher(given.scores[0], None, None, None)
+    tile = two_bin.launcher(two_bin.given(given.scores[0]))
     sizes = [tuple(level.shape[1:3]) for level in given.scores]
     of_rows = (given.labels, given.weights, given.anchors, given.targets, given.box_weights)
     return _Passes(
@@ -420,7 +421,7 @@ def _(given: Any) -> _Passes:
         anchors=n_anchors,
         n_blocks=sum(k * -(-n // tile.rows) for k, n in sizes),
         arguments={
-            "rows": tuple((x[0], *x[0].stride()) if x else None for x in of_rows),
+            "rows": tuple(strided(x[0]) if x else None for x in of_rows),
             "sizes": tuple(n for _, n in sizes),
             "SHAPES": tuple(k for k, _ in sizes),
             "n_features": given.scores[0].shape[-1],

@@ -6,6 +6,7 @@ Rows of all images are concatenated; where each image's begin, the numbers of ro
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,24 +58,22 @@ def pad(
 
 
 @pad.triton
-def _(
-    counts: Tensor, labels: tuple[Tensor, ...], boxes: tuple[Tensor, ...], n_targets: int
-) -> tuple[Tensor, Tensor]:
-    all_labels, all_boxes = torch.cat(tuple(labels)), torch.cat(tuple(boxes))
-    shape = (len(counts), n_targets)
+def _(given: Any) -> tuple[Tensor, Tensor]:
+    all_labels, all_boxes = torch.cat(tuple(given.labels)), torch.cat(tuple(given.boxes))
+    shape = (len(given.counts), given.n_targets)
     out = all_labels.new_empty(shape), all_boxes.new_empty((*shape, 4))
-    n_blocks = -(-n_targets // _PLACES)
+    n_blocks = -(-given.n_targets // _PLACES)
     if out[0].numel() > 0:
         backend.launch(
             kernels.packing.pad_kernel,
-            (len(counts) * n_blocks,),
-            counts.device,
-            p_counts=counts.contiguous(),
+            (len(given.counts) * n_blocks,),
+            given.counts.device,
+            p_counts=given.counts.contiguous(),
             p_labels=all_labels,
             p_boxes=all_boxes,
             p_padded_labels=out[0],
             p_padded_boxes=out[1],
-            n_targets=n_targets,
+            n_targets=given.n_targets,
             n_boxes=len(all_labels),
             n_blocks=n_blocks,
             BI=_IMAGES,
@@ -129,29 +128,22 @@ def denoising_map(
 
 
 @denoising_map.triton
-def _(
-    positives: tuple[Tensor, ...],
-    counts: Tensor | None,
-    n_images: int,
-    n_groups: int,
-    n_targets: int,
-    n_queries: int,
-) -> Tensor:
-    rows = positives[0] if len(positives) == 1 else torch.cat(tuple(positives))
-    out = rows.new_empty((1, n_images, n_queries), dtype=torch.int64)
-    n_blocks = -(-n_queries // _QUERIES)
+def _(given: Any) -> Tensor:
+    rows = given.positives[0] if len(given.positives) == 1 else torch.cat(tuple(given.positives))
+    out = rows.new_empty((1, given.n_images, given.n_queries), dtype=torch.int64)
+    n_blocks = -(-given.n_queries // _QUERIES)
     if out.numel() > 0:
         backend.launch(
             kernels.packing.denoising_kernel,
-            (n_images * n_blocks,),
+            (given.n_images * n_blocks,),
             rows.device,
             p_positives=rows.contiguous(),
-            p_counts=None if counts is None else counts.contiguous(),
+            p_counts=None if given.counts is None else given.counts.contiguous(),
             p_target=out,
             n_positives=rows.numel(),
-            n_groups=n_groups,
-            n_targets=n_targets,
-            n_queries=n_queries,
+            n_groups=given.n_groups,
+            n_targets=given.n_targets,
+            n_queries=given.n_queries,
             n_blocks=n_blocks,
             BI=_IMAGES,
             BQ=_QUERIES,

@@ -29,6 +29,7 @@ from detloss_triton.engine import (
     direct,
     fused_op,
     power_of_2,
+    strided,
 )
 from detloss_triton.engine.calls import FusedCall, call_of
 from detloss_triton.precision import arithmetic_dtype, at_least_float32
@@ -326,8 +327,8 @@ def _(given: Any) -> Plan:
         arguments={
             "matches": _map(given.matches[0]),
             "union": _map(given.union[0]) if given.union else None,
-            "labels": (given.labels[0], *given.labels[0].stride()[1:]),
-            "targets": (given.targets[0], *given.targets[0].stride()[1:]),
+            "labels": strided(given.labels[0], 1),
+            "targets": strided(given.targets[0], 1),
             "s_labels": given.labels[0].stride(0),
             "s_targets": given.targets[0].stride(0),
             "n_queries": n_queries,
@@ -392,19 +393,19 @@ def _sides(matches: Tensor, n_targets: int, dtype: torch.dtype) -> Tensor:
 
 
 @distillation_shares.triton
-def _(own: Tensor, union: Tensor, like: Tensor, n_targets: int) -> Tensor:
-    out = torch.empty(2, dtype=torch.float32, device=own.device)
+def _(given: Any) -> Tensor:
+    out = torch.empty(2, dtype=torch.float32, device=given.own.device)
     backend.launch(
         kernels.queries.shares_kernel,
         (1,),
-        own.device,
-        p_own=own.contiguous(),
-        p_union=union.contiguous(),
+        given.own.device,
+        p_own=given.own.contiguous(),
+        p_union=given.union.contiguous(),
         p_out=out,
-        n_own=own.numel(),
-        n_union=union.numel(),
-        n_targets=n_targets,
-        BLOCK=min(power_of_2(max(own.numel(), union.numel())), _COUNTED),
+        n_own=given.own.numel(),
+        n_union=given.union.numel(),
+        n_targets=given.n_targets,
+        BLOCK=min(power_of_2(max(given.own.numel(), given.union.numel())), _COUNTED),
     )
     return out
 
@@ -599,7 +600,7 @@ def _(given: Any) -> Plan:
         divisor=given.divisor[0],
         arguments={
             "matches": _map(given.matches[0]),
-            "targets": (given.targets[0], *given.targets[0].stride()[1:]),
+            "targets": strided(given.targets[0], 1),
             "constants": (*given.scales, shares),
             "s_targets": given.targets[0].stride(0),
             "n_queries": n_queries,

@@ -139,8 +139,8 @@ def iou_loss(pred: Tensor, target: Tensor, mode: str, eps: float) -> Tensor:
 
 
 @iou_loss.triton
-def _(pred: Tensor, target: Tensor, mode: str, eps: float) -> Tile:
-    return _overlap_tile("iou", UNION_EPS, eps, mode)
+def _(given: Any) -> Tile:
+    return _overlap_tile("iou", UNION_EPS, given.eps, given.mode)
 
 
 @row_loss(*_INPUTS, samples=_box_samples({"eps": GIOU_EPS}), skip=True)
@@ -150,8 +150,8 @@ def giou_loss(pred: Tensor, target: Tensor, eps: float) -> Tensor:
 
 
 @giou_loss.triton
-def _(pred: Tensor, target: Tensor, eps: float) -> Tile:
-    return _overlap_tile("giou", eps)
+def _(given: Any) -> Tile:
+    return _overlap_tile("giou", given.eps)
 
 
 @row_loss(*_INPUTS, samples=_box_samples({"eps": YOLOV9_EPS["otx"]}), skip=True)
@@ -162,8 +162,8 @@ def diou_loss(pred: Tensor, target: Tensor, eps: float) -> Tensor:
 
 
 @diou_loss.triton
-def _(pred: Tensor, target: Tensor, eps: float) -> Tile:
-    return _overlap_tile("diou", eps)
+def _(given: Any) -> Tile:
+    return _overlap_tile("diou", given.eps)
 
 
 @row_loss(
@@ -180,8 +180,8 @@ def ciou_loss(pred: Tensor, target: Tensor, eps: float, alpha_grad: bool) -> Ten
 
 
 @ciou_loss.triton
-def _(pred: Tensor, target: Tensor, eps: float, alpha_grad: bool) -> Tile:
-    return _overlap_tile("ciou", eps, alpha_grad)
+def _(given: Any) -> Tile:
+    return _overlap_tile("ciou", given.eps, given.alpha_grad)
 
 
 def _distance_tile(pred: Tensor, *loss: Any) -> Tile:
@@ -201,8 +201,8 @@ def l1(pred: Tensor, target: Tensor) -> Tensor:
 
 
 @l1.triton
-def _(pred: Tensor, target: Tensor) -> Tile:
-    return _distance_tile(pred, "l1")
+def _(given: Any) -> Tile:
+    return _distance_tile(given.pred, "l1")
 
 
 @row_loss(*_INPUTS, samples=_coordinate_samples({"beta": 1.0}, {"beta": 0.11}), skip=True)
@@ -212,5 +212,5 @@ def smooth_l1(pred: Tensor, target: Tensor, beta: float) -> Tensor:
 
 
 @smooth_l1.triton
-def _(pred: Tensor, target: Tensor, beta: float) -> Tile:
-    return _distance_tile(pred, "smooth_l1", float(beta))
+def _(given: Any) -> Tile:
+    return _distance_tile(given.pred, "smooth_l1", float(given.beta))

@@ -7,13 +7,14 @@ code that fails.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from detloss_triton import backend
 from detloss_triton.backend import kernels
-from detloss_triton.engine import Sample, direct, power_of_2
+from detloss_triton.engine import Sample, direct, power_of_2, strided
 
 # Columns that a program holds at a time; what it runs through lies in the cache.
 _BLOCK = 4096
@@ -41,24 +42,24 @@ def first_set(mask: Tensor, n: int) -> Tensor:
 
 
 @first_set.on_cpu
-def _(mask: Tensor, n: int) -> Tensor:
-    found = mask.nonzero().squeeze(1)[:n]
-    return torch.nn.functional.pad(found, (0, n - len(found)), value=len(mask))
+def _(given: Any) -> Tensor:
+    found = given.mask.nonzero().squeeze(1)[: given.n]
+    return torch.nn.functional.pad(found, (0, given.n - len(found)), value=len(given.mask))
 
 
 @first_set.triton
-def _(mask: Tensor, n: int) -> Tensor:
-    found = mask.new_empty((n,), dtype=torch.int64)
-    if n > 0:
+def _(given: Any) -> Tensor:
+    found = given.mask.new_empty((given.n,), dtype=torch.int64)
+    if given.n > 0:
         backend.launch(
             kernels.selection.first_set_kernel,
             (1,),
-            mask.device,
-            mask=(mask, mask.stride(0)),
+            given.mask.device,
+            mask=(given.mask, given.mask.stride(0)),
             p_found=found,
-            n_columns=len(mask),
-            n=n,
-            **block(max(len(mask), n)),
+            n_columns=len(given.mask),
+            n=given.n,
+            **block(max(len(given.mask), given.n)),
         )
     return found
 
@@ -82,33 +83,33 @@ def hardest(hardness: Tensor, k: Tensor) -> Tensor:
 
 
 @hardest.on_cpu
-def _(hardness: Tensor, k: Tensor) -> Tensor:
+def _(given: Any) -> Tensor:
     """By a threshold, the least of the k largest: a fifth of the time of a sort."""
-    n = hardness.shape[1]
-    k = k.clamp(max=n)
+    n = given.hardness.shape[1]
+    k = given.k.clamp(max=n)
     least = [
         row.kthvalue(n - count + 1).values if count > 0 else row.new_tensor(torch.inf)
-        for row, count in zip(hardness, k.squeeze(1).tolist(), strict=True)
+        for row, count in zip(given.hardness, k.squeeze(1).tolist(), strict=True)
     ]
     if least:
-        taken = (hardness >= torch.stack(least).unsqueeze(1)) & (k > 0)
+        taken = (given.hardness >= torch.stack(least).unsqueeze(1)) & (k > 0)
         if (taken.sum(1, keepdim=True) == k).all():
             return taken
     # A NaN, or more equal ones than are taken.
-    by_sorting: Tensor = hardest.reference(hardness, k)
+    by_sorting: Tensor = hardest.reference(given.hardness, k)
     return by_sorting
 
 
 @hardest.triton
-def _(hardness: Tensor, k: Tensor) -> Tensor:
-    taken = torch.empty(hardness.shape, dtype=torch.bool, device=hardness.device)
+def _(given: Any) -> Tensor:
+    taken = torch.empty(given.hardness.shape, dtype=torch.bool, device=given.hardness.device)
     if taken.numel() > 0:
         backend.launch(
             kernels.selection.hardest_kernel,
             (len(taken),),
-            hardness.device,
-            x=(hardness, *hardness.stride()),
-            p_k=k.contiguous(),
+            given.hardness.device,
+            x=strided(given.hardness),
+            p_k=given.k.contiguous(),
             p_taken=taken,
             n_columns=taken.shape[1],
             **block(taken.shape[1]),
