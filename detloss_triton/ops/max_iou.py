@@ -14,7 +14,7 @@ from detloss_triton.boxes import Columns, area, columns, overlap
 from detloss_triton.engine import Sample, direct, strided
 from detloss_triton.precision import arithmetic_dtype
 
-from .assigning import IOU_EPS, iou, nothing, parts, real, told, told_to_few, unwritten
+from .assigning import IOU_EPS, iou, nothing, parts, real, told, unwritten
 
 # Anchors that a program takes, and targets one after the other.
 _BLOCK, _TARGETS = 128, 8
@@ -83,61 +83,6 @@ def assign_max_iou(
         _columns(a), is_out, real(labels, counts), t, thresholds, gt_max_assign_all
     )
     return *told(target, a, labels, t), is_ignored
-
-
-@assign_max_iou.on_cpu
-def _(given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Image by image, of its rows alone: what a CPU holds at a time stays in its caches."""
-    a, t = (
-        x.to(arithmetic_dtype(given.anchors, given.targets)) for x in (given.anchors, given.targets)
-    )
-    thresholds = (given.pos_iou, given.neg_low, given.neg_high, given.min_pos_iou)
-    is_out = _out(a, given.inside, given.ignored, given.ignore_iof, len(given.labels))
-    box = _columns(a)
-    target = given.labels.new_empty((len(given.labels), len(a)), dtype=torch.int64)
-    is_ignored = torch.empty_like(target, dtype=torch.bool)
-    for i, n in enumerate(given.counts.clamp(0, given.labels.shape[1]).tolist()):
-        here, is_real = slice(i, i + 1), given.labels[i : i + 1, :n] >= 0
-        if is_real.all() and len(a) and 0 < n <= next(parts(n, len(a))).stop:
-            out = None if is_out is None else is_out[i]
-            found = _chosen_at_once(box, out, t[i, :n], thresholds, given.gt_max_assign_all)
-        else:
-            out = None if is_out is None else is_out[here]
-            found = _chosen(box, out, is_real, t[here, :n], thresholds, given.gt_max_assign_all)
-        target[i], is_ignored[i] = found
-    return *told_to_few(target, a, given.labels, t), is_ignored
-
-
-def _chosen_at_once(
-    box: Columns,
-    is_out: Tensor | None,
-    targets: Tensor,
-    thresholds: tuple[float, float, float, float],
-    gt_max_assign_all: bool,
-) -> tuple[Tensor, Tensor]:
-    """As `_chosen`, of an image of real targets (T, 4): half the time, as it asks few anchors which
-    target it is."""
-    pos_iou, neg_low, neg_high, min_pos_iou = thresholds
-    ratio = iou(box, columns(targets.unsqueeze(1)))
-    if is_out is not None:
-        ratio.masked_fill_(is_out, -1)
-    most = ratio.amax(0)
-    target = torch.full_like(most, -1, dtype=torch.int64)
-    near = (most >= pos_iou).nonzero().squeeze(1)
-    target[near] = ratio[:, near].max(0).indices
-    highest, anchor = ratio.max(1)
-    index = torch.arange(len(targets)).masked_fill_(highest < min_pos_iou, -1)
-    taken = torch.full_like(target, -1)
-    if gt_max_assign_all:
-        pairs = (ratio == highest.unsqueeze(1)).nonzero(as_tuple=True)
-        taken.scatter_reduce_(0, pairs[1], index[pairs[0]], "amax")
-    else:
-        taken.scatter_reduce_(0, anchor, index, "amax")
-    target = torch.where(taken >= 0, taken, target)
-    is_ignored = (most < neg_low) | (most >= neg_high)
-    if is_out is not None:
-        is_ignored |= is_out
-    return target, is_ignored & (target < 0)
 
 
 def _chosen(

@@ -41,12 +41,6 @@ def first_set(mask: Tensor, n: int) -> Tensor:
     return torch.searchsorted(count, rank)
 
 
-@first_set.on_cpu
-def _(given: Any) -> Tensor:
-    found = given.mask.nonzero().squeeze(1)[: given.n]
-    return torch.nn.functional.pad(found, (0, given.n - len(found)), value=len(given.mask))
-
-
 @first_set.triton
 def _(given: Any) -> Tensor:
     found = given.mask.new_empty((given.n,), dtype=torch.int64)
@@ -80,24 +74,6 @@ def hardest(hardness: Tensor, k: Tensor) -> Tensor:
     order = hardness.sort(dim=1, descending=True, stable=True).indices
     is_first = torch.arange(hardness.shape[1], device=hardness.device) < k
     return torch.zeros_like(is_first).scatter(1, order, is_first)
-
-
-@hardest.on_cpu
-def _(given: Any) -> Tensor:
-    """By a threshold, the least of the k largest: a fifth of the time of a sort."""
-    n = given.hardness.shape[1]
-    k = given.k.clamp(max=n)
-    least = [
-        row.kthvalue(n - count + 1).values if count > 0 else row.new_tensor(torch.inf)
-        for row, count in zip(given.hardness, k.squeeze(1).tolist(), strict=True)
-    ]
-    if least:
-        taken = (given.hardness >= torch.stack(least).unsqueeze(1)) & (k > 0)
-        if (taken.sum(1, keepdim=True) == k).all():
-            return taken
-    # A NaN, or more equal ones than are taken.
-    by_sorting: Tensor = hardest.reference(given.hardness, k)
-    return by_sorting
 
 
 @hardest.triton
