@@ -64,7 +64,17 @@ def _signature(value: Any) -> Any:
     if kind is Tensor or isinstance(value, Tensor):
         return value.shape, value.device, value.dtype
     if isinstance(value, (list, tuple)):
-        return tuple([_signature(x) for x in value])
+        # What is met most often is looked at here, as calls take time.
+        return tuple(
+            [
+                (x.shape, x.device, x.dtype)
+                if type(x) is Tensor
+                else x
+                if x is None
+                else _signature(x)
+                for x in value
+            ]
+        )
     if isinstance(value, Mapping):
         return tuple([(key, _signature(entry)) for key, entry in value.items()])
     # Another object may change, as an array does: what has such a signature cannot be hashed.

@@ -102,16 +102,16 @@ def union_kernel(
     query = (pid - b * n_blocks) * BQ + tl.arange(0, BQ)
     m_query = query < n_queries
     p_query = matches[0] + b * matches[2] + query * matches[3]
-    best = tl.zeros([BQ], tl.int64)
+    best = tl.zeros([BQ], tl.int32)
+    union = tl.full([BQ], -1, tl.int64)
     for i in range(n_layers):
         target = tl.load(p_query + tl.cast(i, tl.int64) * matches[1], mask=m_query, other=-1)
-        count = tl.zeros([BQ], tl.int64)
+        count = tl.zeros([BQ], tl.int32)
         for j in range(n_layers):
             other = tl.load(p_query + tl.cast(j, tl.int64) * matches[1], mask=m_query, other=-1)
-            count += (other == target).to(tl.int64)
-        # Count first, then the lowest target: both in one number.
+            count += (other == target).to(tl.int32)
         is_target = (target >= 0) & (target < n_targets)
-        rank = tl.where(is_target, count * n_targets + (n_targets - 1 - target), 0)
-        best = tl.where(rank > best, rank, best)
-    union = tl.where(best >= n_targets, n_targets - 1 - best % n_targets, -1)
+        is_better = (count > best) | ((count == best) & (target < union))
+        union = tl.where(is_target & is_better, target, union)
+        best = tl.where(is_target & is_better, count, best)
     tl.store(p_union + b * n_queries + query, union, mask=m_query)

@@ -228,7 +228,7 @@ def test_what_is_known_of_a_layout_is_of_that_layout(
     tested: FusedOp, backend: str, device: torch.device
 ) -> None:
     """Of tensors with other values, addresses and layouts, in turns, and another number."""
-    sample = samples(tested, 9, device)[0]
+    sample = samples(tested, 4, device)[0]
     others = [sample.changed(change) for change in (torch.clone, channels_first, spread)]
     others += [sample.changed(lambda x: x * 0.75 if x.is_floating_point() else x)]
     others += [sample.changed(misaligned)]
@@ -239,9 +239,10 @@ def test_what_is_known_of_a_layout_is_of_that_layout(
     for other in others:
         tested.signatures.clear()
         expected.append(computed(tested, tested, other))
-    for _ in range(2):
-        for other, before in zip(others, expected, strict=True):
-            assert all(map(torch.equal, computed(tested, tested, other), before))
+    # The last has left what is known of it, the others add to that.
+    for other, before in zip(others, expected, strict=True):
+        assert all(map(torch.equal, computed(tested, tested, other), before))
+    assert all(map(torch.equal, computed(tested, tested, sample), expected[0]))
 
 
 def test_one_tensor_may_be_two_inputs_in_one_call_only(backend: str, device: torch.device) -> None:

@@ -513,24 +513,26 @@ class SetCriterion(nn.Module):
         Raises:
             TypeError, ValueError: for a missing entry or a wrong shape; they name layer and entry.
         """
-        every = [
-            [(suffix, [output.get(key) for key in self.entries]) for suffix, output in layers]
-            for layers in (main, denoising)
-        ]
-        dtype = self._check_entries(*every)
+        layers = [*main, *denoising]
+        values = [output.get(key) for _, output in layers for key in self.entries]
+        dtype = self._check_entries([suffix for suffix, _ in layers], len(main), values)
         if dtype == torch.float64:
             self._refuse_double([*main, *denoising])
         return dtype
 
     @once("num_classes", "formula", "entries", "reg_max")
-    def _check_entries(self, main: Any, denoising: Any) -> torch.dtype:
-        """As `_check_shapes`, of (suffix, values of the `entries`)."""
-        name = type(self).__name__
+    def _check_entries(
+        self, suffixes: Sequence[str], n_main: int, values: Sequence[Any]
+    ) -> torch.dtype:
+        """As `_check_shapes`, of all layers' `entries`; behind the first so many is denoising."""
+        name, n = type(self).__name__, len(self.entries)
         arguments: dict[str, tuple[Tensor, tuple[str | int, ...]]] = {}
-        named = [(self._queries(suffix), suffix, values) for suffix, values in main]
-        named += [("denoising Q", suffix, values) for suffix, values in denoising]
-        outputs = [dict(zip(self.entries, values, strict=True)) for _, _, values in named]
-        for (n_queries, suffix, _), output in zip(named, outputs, strict=True):
+        outputs = [
+            dict(zip(self.entries, values[i * n : (i + 1) * n], strict=True))
+            for i in range(len(suffixes))
+        ]
+        for i, (suffix, output) in enumerate(zip(suffixes, outputs, strict=True)):
+            n_queries = self._queries(suffix) if i < n_main else "denoising Q"
             widths = self._widths(output)
             for key in widths:
                 if output.get(key) is None:
