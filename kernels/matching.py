@@ -97,11 +97,12 @@ def union_kernel(
     matches, p_union, n_layers, n_targets, n_queries, n_blocks, BQ: tl.constexpr
 ):  # fmt: skip
     """BQ queries of an image: the target that most layers give each, of equals the first."""
-    pid = tl.program_id(0).to(tl.int64)
-    b = pid // n_blocks
-    query = (pid - b * n_blocks) * BQ + tl.arange(0, BQ)
+    pid = tl.program_id(0)
+    image = pid // n_blocks
+    query = (pid - image * n_blocks) * BQ + tl.arange(0, BQ)
     m_query = query < n_queries
-    p_query = matches[0] + b * matches[2] + query * matches[3]
+    b = image.to(tl.int64)
+    p_query = matches[0] + b * matches[2] + query.to(tl.int64) * matches[3]
     best = tl.zeros([BQ], tl.int32)
     union = tl.full([BQ], -1, tl.int64)
     for i in range(n_layers):
