@@ -39,7 +39,8 @@ def new_gradients(tensors: Tensors, wanted: Sequence[bool]) -> Gradients:
 
 def upstream(dout: Tensor) -> tuple[Tensor, int]:
     """Upstream gradients as kernels take them: with their stride, 0 where all are one number."""
-    return dout.to(torch.float32), dout.stride(0)
+    dout = dout.to(torch.float32)
+    return dout, dout.stride(0)
 
 
 class Passes:
