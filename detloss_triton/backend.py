@@ -137,14 +137,17 @@ def choose(
     return chosen
 
 
+def may_be_triton(device: torch.device) -> bool:
+    """Whether `choose` may answer "triton" for tensors there, of some types."""
+    return _requested == "triton" or (_requested == "auto" and device.type != "cpu")
+
+
 def _decide(
     device: torch.device, dtypes: Collection[torch.dtype] = (), hindrance: str = ""
 ) -> tuple[Literal["triton", "torch"], str]:
     """The backend, and why it is not Triton where "auto" would have liked that."""
     check_environment()
-    if _requested == "torch":
-        return "torch", ""
-    if _requested == "auto" and device.type == "cpu":
+    if not may_be_triton(device):
         return "torch", ""
     reason = why_not_triton(device, dtypes, hindrance)
     if not reason:

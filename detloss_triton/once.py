@@ -13,6 +13,7 @@ from .engine.modes import is_compiling
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
+_UNKNOWN = object()
 # What is its own signature.
 _PLAIN = (type(None), bool, int, float, str, torch.device)
 # Signatures that are kept: a few sizes of images, and counts of boxes.
@@ -41,10 +42,11 @@ def once(*attributes: str) -> Callable[[_Function], _Function]:
                 given += [getattr(this, name, None) for name in attributes]
             key = _signature(given)
             try:
-                if key in known:
-                    return known[key]
+                answer = known.get(key, _UNKNOWN)
             except TypeError:  # what cannot be hashed is looked at each time
                 return function(*args)
+            if answer is not _UNKNOWN:
+                return answer
             answer = function(*args)
             if len(known) >= _KEPT:
                 known.clear()

@@ -83,6 +83,8 @@ def pack(
     """
     if isinstance(targets, Targets):
         _check_packed(f"{place}, Targets", targets, like)
+        if not targets.labels.shape[1]:  # there is room for a box at least
+            targets = with_room(targets)
         boxes = _floating(targets.boxes, like)
         if boxes.dtype == targets.boxes.dtype:
             return targets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import case
 from machine import environment, needs_gpu
 from torch import Tensor, nn
 from trees import Unchanged, leaves, mapped, mixed
@@ -934,3 +936,31 @@ def test_repr_shows_constants_costs_and_how_the_slots_run() -> None:
     yolov9.matcher = lambda target, predict: None
     assert "called as by OTX: vec2box, matcher" in repr(yolov9)
     assert "neg_pos_ratio=3" in repr(dt.SSDCriterion(4))
+
+
+# Of each a number of a criterion, or of a module in its slots.
+NUMBERS = {
+    "yolov9": ("cls_rate",),
+    "ssd": ("smoothl1_beta",),
+    "atss": ("loss_cls", "gamma"),
+    "rtmdet": ("loss_cls", "beta"),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_may_be_a_tensor_that_changes(
+    name: str, backend: str, device: torch.device
+) -> None:
+    batch = case(name).on(device)
+    *path, attribute = NUMBERS[name]
+    owner = functools.reduce(getattr, path, batch.criterion)
+    number = torch.tensor(1.5)
+    setattr(owner, attribute, number)
+    before, _ = batch.step()
+    number.fill_(0.25)
+    after, _ = batch.step()
+    setattr(owner, attribute, 0.25)
+    expected, _ = batch.step()
+    assert any(not torch.equal(after[key], before[key]) for key in after)
+    for key, loss in expected.items():
+        torch.testing.assert_close(after[key], loss)

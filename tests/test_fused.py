@@ -15,6 +15,7 @@ from cases import NAMES, assert_same, case
 from machine import CPU, INTERPRETED, needs_triton
 from test_ops import assert_no_worse, cast, changed, over, over_dtypes, samples
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from detloss_triton import use_backend
 from detloss_triton.backend import record_launches
@@ -243,6 +244,39 @@ def test_what_is_known_of_a_layout_is_of_that_layout(
     for other, before in zip(others, expected, strict=True):
         assert all(map(torch.equal, computed(tested, tested, other), before))
     assert all(map(torch.equal, computed(tested, tested, sample), expected[0]))
+
+
+@over_fused
+def test_saved_tensors_may_be_copied(tested: FusedOp, backend: str, device: torch.device) -> None:
+    """As by `torch.autograd.graph.save_on_cpu`: the copies have the numbers, not the strides."""
+
+    def copied(x: Tensor) -> Tensor:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+
+    sample = samples(tested, 6, device)[0].changed(
+        lambda x: x.mT.contiguous().mT if x.dim() > 1 else x
+    )
+    given, leaves = tested.with_leaves(sample)
+    expected = gradients_of(tested(*given.inputs, **given.params), leaves)
+    with torch.autograd.graph.saved_tensors_hooks(copied, lambda x: x):
+        out = tested(*given.inputs, **given.params)
+    for found, x in zip(gradients_of(out, leaves), expected, strict=True):
+        torch.testing.assert_close(found, x)
+
+
+@over_fused
+def test_a_tracer_without_memory_sees_the_reference(tested: FusedOp) -> None:
+    if tested.name == "mined":
+        pytest.skip("looks at values on a CPU")
+    sample = samples(tested, 6, CPU)[0]
+
+    def losses(*tensors: Tensor) -> Tensor:
+        given = iter(tensors)
+        return tested(*mapped(lambda x: next(given), sample.inputs), **sample.params)
+
+    with use_backend("torch"):
+        graph = make_fx(losses, tracing_mode="fake")(*tensors_of(sample.inputs))
+        assert len(graph.graph.nodes) > len(tensors_of(sample.inputs))
 
 
 def test_one_tensor_may_be_two_inputs_in_one_call_only(backend: str, device: torch.device) -> None:

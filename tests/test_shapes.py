@@ -132,6 +132,15 @@ def test_labels_that_are_no_tensors(name: str) -> None:
         refused(name, "Criterion, level 0: labels must", labels=[wrong, *labels[1:]])
 
 
+def test_strides_that_are_tensors_are_looked_at_each_time() -> None:
+    eight, sixteen = torch.tensor(8), torch.tensor(16)
+    batch = BUILDERS["rtmdet"]().on(torch.device("cpu"))
+    criterion, levels = batch.criterion(torch.device("cpu")), len(batch.inputs["labels"])
+    criterion(**{**batch.inputs, "stride": [(eight, eight)] * levels})
+    with pytest.raises(ValueError, match="stride must be the same in x and y"):
+        criterion(**{**batch.inputs, "stride": [(eight, sixteen)] * levels})
+
+
 @pytest.mark.parametrize("stride", [[8, 16, 32], [(8,), (16,), (32,)], [(8, 8, 8)] * 3])
 def test_strides_are_pairs(stride: Any) -> None:
     refused("rtmdet", r"RTMDetCriterion, level 0: stride must be a pair", stride=stride)

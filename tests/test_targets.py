@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import case
 from torch import Tensor
 
 from detloss_triton import Targets, denoising_queries, normalised_targets, pad_targets
@@ -88,3 +89,15 @@ def test_groups_are_hidden_from_other_queries() -> None:
     assert not blocked[:, n:].any() and blocked[n:, :n].all()
     own_group = torch.eye(n // 2, dtype=torch.bool).repeat_interleave(2, 0).repeat_interleave(2, 1)
     assert torch.equal(~blocked[:n, :n], own_group)
+
+
+@pytest.mark.parametrize("name", ["detr", "dfine"])
+def test_packed_targets_may_have_no_room(name: str, backend: str, device: torch.device) -> None:
+    """As many boxes as an image has at most: none."""
+    batch = case(name, (0, 0)).on(device)
+    targets = batch.inputs["targets"]
+    nothing = Targets(targets.labels[:, :0], targets.boxes[:, :0], targets.counts)
+    losses, _ = batch.step()
+    found = batch.criterion(batch.inputs["outputs"], nothing)
+    for key, loss in losses.items():
+        torch.testing.assert_close(found[key], loss)

@@ -57,7 +57,9 @@ def term_of(
     term = module.term()
     if term is None or term[0].partition(" ")[0] not in known:
         return None
-    return *term, float(module.loss_weight)
+    # A number may be a tensor, which is the same after it was changed in place.
+    constants = tuple([x.item() if isinstance(x, Tensor) else x for x in term[1]])
+    return term[0], constants, float(module.loss_weight)
 
 
 def divisor_of(by: float | Tensor, device: torch.device) -> tuple[tuple[Tensor, ...], float]:

@@ -120,6 +120,7 @@ class RTMDetCriterion(nn.Module):
         self._check(
             cls_score, bbox_pred, labels, label_weights, bbox_targets, assign_metrics, stride
         )
+        self._check_strides(stride)
         if enabled():
             self._check_values(
                 cls_score, bbox_pred, labels, label_weights, bbox_targets, assign_metrics
@@ -232,7 +233,7 @@ class RTMDetCriterion(nn.Module):
         """Raise unless these arguments fit each other."""
         check_levels(self, **dict(zip(_LEVELS, levels, strict=True)))
         n_images, places = check_labels(self, levels[2])
-        for place, (scores, boxes, *rows) in zip(places, zip(*levels, strict=True), strict=True):
+        for place, (scores, boxes, *rows, _) in zip(places, zip(*levels, strict=True), strict=True):
             self._check_rows(place, n_images, *rows)
             maps = {"cls_score": (scores, self.cls_out_channels), "bbox_pred": (boxes, 4)}
             check_maps(place, rows[0], **maps)
@@ -245,7 +246,6 @@ class RTMDetCriterion(nn.Module):
         label_weights: Any,
         bbox_targets: Any,
         assign_metrics: Any,
-        stride: Any,
     ) -> None:
         """Raise unless a level's arguments other than predictions fit its labels (N, n)."""
         check_shapes(
@@ -255,7 +255,14 @@ class RTMDetCriterion(nn.Module):
             bbox_targets=(bbox_targets, (n_images, "n", 4)),
             assign_metrics=(assign_metrics, (n_images, "n")),
         )
-        if not isinstance(stride, (Sequence, np.ndarray)) or len(stride) != 2:
-            raise ValueError(f"{place}: stride must be a pair (x, y), got {stride!r}")
-        if stride[0] != stride[1]:
-            raise ValueError(f"{place}: stride must be the same in x and y, got {tuple(stride)}")
+
+    def _check_strides(self, strides: Sequence[Any]) -> None:
+        """Raise ValueError unless each level's is a pair of the same number."""
+        for level, stride in enumerate(strides):
+            place = f"{type(self).__name__}, level {level}"
+            if not isinstance(stride, (Sequence, np.ndarray)) or len(stride) != 2:
+                raise ValueError(f"{place}: stride must be a pair (x, y), got {stride!r}")
+            if stride[0] != stride[1]:
+                raise ValueError(
+                    f"{place}: stride must be the same in x and y, got {tuple(stride)}"
+                )

@@ -194,7 +194,7 @@ class SSDCriterion(nn.Module):
             by,
             number=number,
             ratio=self.neg_pos_ratio,
-            beta=self.smoothl1_beta,
+            beta=float(self.smoothl1_beta),
             decode=name,
             decode_constants=decode_constants,
             n_rows=len(label),

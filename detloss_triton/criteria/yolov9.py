@@ -309,7 +309,7 @@ class YOLOv9Criterion(nn.Module):
             (score,),
             anchors,
             (targets,),
-            factors=self._rates(),
+            factors=tuple(map(float, self._rates())),
             topk=self.matcher.topk,
             heads=len(heads),
             rules=self.rules,

@@ -80,6 +80,7 @@ class Signature:
         ends = tuple(itertools.accumulate(counts))
         self.of_input = [slice(end - n, end) for end, n in zip(ends, counts, strict=True)]
         device = tensors[0].device
+        self.strides = [x.stride() for x in tensors]
         self.dtypes = {x.dtype for x in tensors}
         self.is_readable = self.dtypes.issubset(READABLE) and all(
             x.device == device for x in tensors
@@ -157,6 +158,13 @@ class FusedCall:
     def inputs(self, tensors: Sequence[Any]) -> list[tuple[Any, ...]]:
         """What is given of each tensor, by inputs."""
         return [tuple(tensors[part]) for part in self.signature.of_input]
+
+    def with_layouts_of(self, tensors: Sequence[Tensor]) -> FusedCall:
+        """The call of tensors that may be laid out in another way: a hook for saved tensors may
+        have copied them."""
+        if [x.stride() for x in tensors] == self.signature.strides:
+            return self
+        return call_of(self.op, self.inputs(tensors), self.params)[0]
 
     def whole(self, weight: None, *tensors: Tensor) -> Tensor:
         """The losses by the reference."""

@@ -201,9 +201,10 @@ class FusedOp(FusedFormula):
         apart: int | None = None,
     ) -> Any:
         is_compiling, is_transformed = modes.is_compiling(), modes.is_transformed()
-        is_kept = not is_compiling and not is_transformed
+        device = next(x.device for given in inputs for x in given)
+        # What is traced or transformed may be no real tensors, and a reference needs no signature.
+        is_kept = not is_compiling and not is_transformed and backend.may_be_triton(device)
         call, tensors = call_of(self, inputs, params, apart, is_kept)
-        device = tensors[0].device
         if not call.signature.is_readable:
             inputs = tuple(tuple(as_values(_placed(x, device)) for x in given) for given in inputs)
             call, tensors = call_of(self, inputs, params, apart, is_kept)
@@ -222,7 +223,7 @@ class FusedOp(FusedFormula):
                 call, tensors = call_of(self, self.rows(inputs), params, apart, is_kept)
             tensors = _apart(tensors)
         elif not known.is_walkable:
-            call, tensors = call_of(self, self.rows(inputs, is_walkable), params, apart)
+            call, tensors = call_of(self, self.rows(inputs, is_walkable), params, apart, is_kept)
         if not is_differentiated(tensors):
             out, _ = evaluator.forward(call, None, tensors, [False] * len(tensors))
             return out

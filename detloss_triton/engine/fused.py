@@ -268,5 +268,6 @@ def backward(
     wanted: Sequence[bool],
     found: Tensor,
 ) -> Gradients:
+    call = call.with_layouts_of(tensors)
     passes: Passes = call.signature.passes(tensors)
     return passes.backward(call, tensors, dout, wanted, found)
