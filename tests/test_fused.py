@@ -229,7 +229,7 @@ def test_what_is_known_of_a_layout_is_of_that_layout(
     tested: FusedOp, backend: str, device: torch.device
 ) -> None:
     """Of tensors with other values, addresses and layouts, in turns, and another number."""
-    sample = samples(tested, 4, device)[0]
+    sample = samples(tested, 2, device)[0]
     others = [sample.changed(change) for change in (torch.clone, channels_first, spread)]
     others += [sample.changed(lambda x: x * 0.75 if x.is_floating_point() else x)]
     others += [sample.changed(misaligned)]
