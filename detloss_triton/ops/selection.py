@@ -76,6 +76,25 @@ def hardest(hardness: Tensor, k: Tensor) -> Tensor:
     return torch.zeros_like(is_first).scatter(1, order, is_first)
 
 
+@hardest.on_cpu
+def _(given: Any) -> Tensor:
+    """By a threshold, the least of the k largest, in a fifth of the time of a sort. With that SSD's
+    step would take longer than OTX's."""
+    hardness, n = given.hardness, given.hardness.shape[1]
+    k = given.k.clamp(max=n)
+    least = [
+        row.kthvalue(n - count + 1).values if count > 0 else row.new_tensor(torch.inf)
+        for row, count in zip(hardness, k.squeeze(1).tolist(), strict=True)
+    ]
+    if least:
+        taken = (hardness >= torch.stack(least).unsqueeze(1)) & (k > 0)
+        if (taken.sum(1, keepdim=True) == k).all():
+            return taken
+    # A NaN, or more equal ones than are taken.
+    by_sorting: Tensor = hardest.reference(hardness, k)
+    return by_sorting
+
+
 @hardest.triton
 def _(given: Any) -> Tensor:
     taken = torch.empty(given.hardness.shape, dtype=torch.bool, device=given.hardness.device)
