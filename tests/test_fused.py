@@ -326,6 +326,7 @@ def test_inputs_are_left_alone(tested: FusedOp, backend: str, device: torch.devi
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs kernels on a CPU")
+@pytest.mark.usefixtures("interpreter")
 @over(*[op for op in FUSED_OPS if op.in_graphs], name="tested")
 def test_a_graph_calls_the_same_kernels(tested: FusedOp) -> None:
     for sample in samples(tested, 5, CPU)[:1]:
