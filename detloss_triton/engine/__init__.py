@@ -14,7 +14,7 @@ dimensions; or (`row_map`) to a few values each, which are returned. The registr
 `detloss check` and the benchmarks walk.
 """
 
-from .calls import FusedCall
+from .calls import ALIGNED, FusedCall
 from .cpu import slices
 from .dispatch import DirectOp, FusedOp, RowOp, direct, fused_op, row_loss, row_map, unbound
 from .formula import (
@@ -49,6 +49,7 @@ from .gpu import TILE, Tile, power_of_2, strided
 from .modes import host_sees
 
 __all__ = [
+    "ALIGNED",
     "DIVISOR",
     "NOTHING",
     "OWN_SUM",

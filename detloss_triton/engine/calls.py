@@ -19,8 +19,8 @@ from .formula import FusedFormula, is_walkable, row_strides
 # Signatures of an op that are kept: a few sizes of images, and numbers of boxes.
 _KEPT = 256
 
-# Where a pointer's low bits say whether kernels may read so many bytes at once.
-_ALIGNED = 16
+# Pointers, in bytes, and strides that are multiples of this, Triton compiles apart from others.
+ALIGNED = 16
 
 # What losses are divided by may change from step to step, as a number of boxes does. It is no part
 # of a signature, and no launcher knows it.
@@ -116,7 +116,7 @@ class Signature:
             for i in op.of_levels:
                 places = range(parts[i].start, parts[i].stop)
                 columns.append([(at, row_strides(tensors[at], op.dims[i])) for at in places])
-            self._rows = by_level(columns)
+            self._rows = _in_rows(columns)
         levels = [
             [None if at is None else (tensors[at[0]], *at[1]) for at in row] for row in self._rows
         ]
@@ -124,12 +124,12 @@ class Signature:
         for i in op.of_gradients:
             given, dim = gradients[parts[i]], op.dims[i]
             into.append([x if x is None else (x, *row_strides(x, dim)) for x in given])
-        pairs = zip(levels, by_level(into), strict=True)
+        pairs = zip(levels, _in_rows(into), strict=True)
         return tuple([(*inputs, *outputs) for inputs, outputs in pairs])
 
 
-def by_level(columns: Sequence[list[Any]]) -> list[list[Any]]:
-    """Columns of as many entries, or none, as the rows of levels."""
+def _in_rows(columns: Sequence[list[Any]]) -> list[list[Any]]:
+    """Columns, of an entry for each level or of none at all, as the rows of the levels."""
     none = [None] * max(map(len, columns))
     return [list(row) for row in zip(*[column or none for column in columns], strict=True)]
 
@@ -138,6 +138,7 @@ class FusedCall:
     """One call of a fused op: everything about it but its tensors, which are passed in a row.
 
     Args:
+        number: what losses are divided by, where the op takes one.
         apart: of losses that are asked for one by one, how many are to have a dimension.
     """
 
@@ -192,7 +193,7 @@ def call_of(
         else:  # whatever they are, a kernel takes them as numbers
             of_tensors = [*{x.dtype for x in tensors}, *{x.device for x in tensors}]
         if op.is_of_layers:
-            of_tensors += [x.data_ptr() % _ALIGNED for x in tensors]
+            of_tensors += [x.data_ptr() % ALIGNED for x in tensors]
         key = (counts, *params.items(), *of_tensors)
     try:
         signature = op.signatures.get(key)

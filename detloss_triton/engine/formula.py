@@ -127,8 +127,8 @@ class Formula:
         self.launcher = launcher
         return launcher
 
-    def on_cpu(self, form: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """Register what a CPU runs in place of the reference, of what is `given`.
+    def on_cpu(self, form: Any) -> Any:
+        """Register what a CPU runs in place of the reference: a function of what is `given`.
 
         It may look at values, which costs nothing there, or work in pieces that the caches hold.
         """
@@ -285,6 +285,9 @@ def row_strides(x: Tensor, dim: int) -> tuple[int, ...]:
 class FusedFormula(Formula):
     """Losses of many tensors at once, a whole criterion's: a reference made of small ops.
 
+    The launcher is not given the `number`, and answers `Passes` for all calls with tensors that are
+    laid out alike. A form for a CPU has `forward` and `backward`, as the modules beside `dispatch`.
+
     Args:
         levels: the inputs, each a tuple of tensors, that a kernel takes level by level (or layer by
             layer): as many of each, or none.
@@ -329,16 +332,6 @@ class FusedFormula(Formula):
     @property
     def differentiable(self) -> tuple[bool, ...]:
         return tuple(i in self.of_gradients for i in range(len(self.inputs)))
-
-    def triton(self, launcher: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """Register the Triton launcher: of what is given, but for the `number`, it answers
-        `Passes` for all calls with tensors that are laid out alike."""
-        return super().triton(launcher)
-
-    def on_cpu(self, form: Any) -> Any:
-        """Register what evaluates both passes on a CPU, as the modules beside `dispatch` do."""
-        self.cpu_form = form
-        return form
 
 
 @dataclass(frozen=True)

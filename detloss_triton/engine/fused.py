@@ -7,6 +7,7 @@ gradient, zeros included.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,7 +44,7 @@ def upstream(dout: Tensor) -> tuple[Tensor, int]:
     return dout, dout.stride(0)
 
 
-class Passes:
+class Passes(ABC):
     """What a fused op's launcher answers: both passes of all calls of a signature.
 
     Attributes:
@@ -54,17 +55,18 @@ class Passes:
     arguments: dict[str, Any]
     divisor: Any
 
-    def n_losses(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def n_losses(self) -> int: ...
 
+    @abstractmethod
     def n_found(self) -> int:
         """How many numbers forward leaves to backward."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, call: FusedCall, tensors: Tensors) -> tuple[Tensor, Tensor]:
         """The losses, and what backward wants to know of forward."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(
         self,
         call: FusedCall,
@@ -73,7 +75,7 @@ class Passes:
         wanted: Sequence[bool],
         found: Tensor,
     ) -> Gradients:
-        raise NotImplementedError
+        """The gradients wanted."""
 
     def set_slots(self, places: Mapping[int, int]) -> None:
         """Let go of the tensors, whose places in a call are told by their ids."""

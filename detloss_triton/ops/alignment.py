@@ -146,11 +146,8 @@ def _(given: Any) -> tuple[Tensor, Tensor]:
     dtype = arithmetic_dtype(*given.logits, *given.sides, given.targets)
     boxes = _boxes(given.sides, given.decoding, given.heads).to(dtype)
     n_images, n_targets = given.targets.shape[:2]
-    n_problems, n_anchors, n_levels = (
-        given.heads * n_images,
-        len(given.anchors),
-        len(given.sides) // given.heads,
-    )
+    n_problems, n_levels = given.heads * n_images, len(given.sides) // given.heads
+    n_anchors = len(given.anchors)
     if n_problems * n_targets * n_anchors == 0:
         return _nothing(n_problems, given.anchors, dtype)
     label, of_target = _by_part(given.targets, given.logits[0].shape[1])
@@ -385,10 +382,7 @@ def _(given: Any) -> tuple[Tensor, Tensor]:
         given.anchors.device,
         logits=_with_strides(_of_one_dtype(given.logits)),
         **of_sides,
-        anchors=(
-            strided(given.anchors),
-            *(_with_strides(given.strides) or (None,)),
-        ),
+        anchors=(strided(given.anchors), *(_with_strides(given.strides) or (None,))),
         p_metric=metric,
         p_best=best,
         p_key=key,

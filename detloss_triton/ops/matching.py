@@ -11,7 +11,7 @@ from torch import Tensor
 from detloss_triton import backend
 from detloss_triton.backend import kernels
 from detloss_triton.boxes import Columns, columns
-from detloss_triton.engine import Sample, direct, strided
+from detloss_triton.engine import ALIGNED, Sample, direct, strided
 from detloss_triton.precision import arithmetic_dtype
 
 from .regression import GIOU_EPS, UNION_EPS, giou, iou_and_union
@@ -21,8 +21,6 @@ _LOG_EPS = 1e-8
 # Queries that a program takes, and targets that it compares each of them with.
 _QUERIES, _TARGETS = 128, 4
 _BLOCK = 256
-# Pointers, in bytes, and strides that are multiples of this, Triton compiles apart from others.
-_ALIGNED = 16
 
 
 def _cost_samples(rows: int, generator: torch.Generator) -> Iterator[Sample]:
@@ -102,21 +100,13 @@ def match_cost(
 def _(given: Any) -> Tensor:
     """Layer by layer: what a CPU holds at a time stays in its caches."""
     (n_images, n_queries, _), n_targets = given.logits[0].shape, given.labels.shape[1]
-    weights = (
-        given.cost_class,
-        given.cost_bbox,
-        given.cost_giou,
-        given.alpha,
-        given.gamma,
-        given.softmax,
-        given.iou_power,
-    )
     dtype = arithmetic_dtype(*given.logits, *given.boxes, given.targets)
     cost = given.boxes[0].new_empty(
         (len(given.logits), n_images, n_targets, n_queries), dtype=dtype
     )
     for out, x, box in zip(cost, given.logits, given.boxes, strict=True):
-        out.copy_(match_cost.reference((x,), (box,), given.labels, given.targets, *weights))
+        of_layer = {"logits": (x,), "boxes": (box,)}
+        out.copy_(match_cost.reference(**{**vars(given), **of_layer}))
     return cost.flatten(0, 1)
 
 
@@ -182,9 +172,9 @@ def of_one_layout(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 def are_of_one_layout(tensors: Sequence[Tensor]) -> bool:
     dtype, stride = tensors[0].dtype, tensors[0].stride(2)
     for x in tensors:
-        if x.dtype != dtype or x.stride(2) != stride or x.data_ptr() % _ALIGNED:
+        if x.dtype != dtype or x.stride(2) != stride or x.data_ptr() % ALIGNED:
             return False
-        if not x.is_contiguous() and x.stride(0) % _ALIGNED:
+        if not x.is_contiguous() and x.stride(0) % ALIGNED:
             return False
     return True
 
