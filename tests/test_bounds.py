@@ -22,7 +22,7 @@ from trees import mapped
 
 from detloss_triton import Targets, sum_losses
 from detloss_triton.bench.batches import DENSE as BUILDERS
-from detloss_triton.engine import Call, Formula, RowOp, cpu, gpu
+from detloss_triton.engine import Call, Formula, RowOp, cpu, gpu, zeros
 
 WORKER = str(TESTS / "bounds_worker.py")
 NAMES = (*REGISTRY, *BUILDERS, "detr", "dfine")
@@ -98,6 +98,7 @@ def test_only_gradients_are_written(
         for layout in (surrounded, torch.clone):
             inputs = changed(sample, layout)
             monkeypatch.setattr(Call, "new_gradients", new_gradients_by(layout))
+            monkeypatch.setattr(zeros, "zeros_like", lambda x, by=layout: by(torch.zeros_like(x)))
             call = Call(tested, tuple(sorted(sample.params.items())), 0, rows)
             if tested.values:
                 call = Call(tested, call.params, 1, rows)

@@ -47,6 +47,7 @@ from .fused import (
 )
 from .gpu import TILE, Tile, power_of_2, strided
 from .modes import host_sees
+from .zeros import rows_at
 
 __all__ = [
     "ALIGNED",
@@ -84,6 +85,7 @@ __all__ = [
     "row_loss",
     "row_map",
     "row_shape",
+    "rows_at",
     "slices",
     "strided",
     "tensors_of",

@@ -12,13 +12,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from detloss_triton.precision import are_half, arithmetic_dtype
 
+from . import zeros
 from .formula import TEMPORARIES, Call, Inputs
 
 # Elements of all temporaries of a block, which stay in cache together. Smaller blocks would spend
@@ -29,6 +30,7 @@ ELEMENTS = 2**22
 MANY = 2**20
 
 Gradients = list[Tensor | None]
+Rows = tuple[Tensor, ...]
 _Index = tuple[int | slice, ...]
 
 
@@ -37,13 +39,24 @@ def pays(call: Call, inputs: Inputs) -> bool:
     return max(x.numel() for x in inputs if x is not None) * call.op.temporaries > MANY
 
 
+@dataclass
+class Found:
+    """Gradients of the losses' sum, which forward finds: of all rows, or of a few at an index."""
+
+    gradients: Gradients
+    rows: Rows | None
+
+
 def forward(
     call: Call, weight: Tensor | None, inputs: Inputs, wanted: Sequence[bool]
-) -> tuple[Tensor, Gradients | None]:
-    """The losses; and where they are summed the gradients of their sum, for backward to scale."""
-    at_once = any(wanted) and found_in_forward(call, inputs)
-    gradients = call.new_gradients(inputs, wanted if at_once else [False] * len(inputs))
-    return _evaluate(call, weight, inputs, gradients, None), gradients if at_once else None
+) -> tuple[Tensor, Found | None]:
+    """The losses; and the gradients of their sum, for backward to scale, where that pays."""
+    rows = _few_that_count(call, weight, None)
+    at_once = any(wanted) and found_in_forward(call, inputs, rows)
+    losses, gradients = _evaluate(
+        call, weight, inputs, wanted if at_once else [False] * len(inputs), None, rows
+    )
+    return losses, Found(gradients, rows) if at_once else None
 
 
 def backward(
@@ -52,30 +65,40 @@ def backward(
     inputs: Inputs,
     dout: Tensor,
     wanted: Sequence[bool],
-    found: Gradients | None,
+    found: Found | None,
 ) -> Gradients:
     """The gradients. Those that forward found are used up."""
-    if found is None and found_in_forward(call, inputs):
+    if found is None and found_in_forward(call, inputs, _few_that_count(call, weight, None)):
         _, found = forward(call, weight, inputs, wanted)
-    if found is None:
+    if found is not None:
+        rows, gradients = found.rows, found.gradients
+        if not (dout == 1).all():
+            scale = dout if rows is None or not call.keep else dout[rows[: call.keep]]
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient *= scale[(..., *[None] * (gradient.dim() - scale.dim()))]
+    else:
         summed = (..., *[None] * (len(call.rows) - call.keep))
         upstream = dout if call.op.values else dout[summed].expand(call.rows)
-        found = call.new_gradients(inputs, wanted)
-        _evaluate(call, weight, inputs, found, upstream)
-    elif not (dout == 1).all():
-        for gradient in found:
-            if gradient is not None:
-                gradient *= dout[(..., *[None] * (gradient.dim() - dout.dim()))]
-    return found
+        rows = _few_that_count(call, weight, upstream)
+        _, gradients = _evaluate(call, weight, inputs, wanted, upstream, rows)
+    if rows is None:
+        return gradients
+    return [
+        None if x is None or gradient is None else zeros.with_rows(x, rows, gradient)
+        for x, gradient in zip(inputs, gradients, strict=True)
+    ]
 
 
-def found_in_forward(call: Call, inputs: Inputs) -> bool:
+def found_in_forward(call: Call, inputs: Inputs, rows: Rows | None = None) -> bool:
     """Whether gradients are found with the losses, and scaled by the upstream gradient later.
 
-    Of losses that are summed every row will be asked for its gradient. A loss of each row may be
-    asked for few rows only; and half precision has to see the upstream gradient before it rounds.
+    Of losses that are summed every row will be asked for its gradient, or those `rows` alone that
+    count. A loss of each row may be asked for few rows only; and half precision has to see the
+    upstream gradient before it rounds.
     """
-    return call.is_summed and not call.op.values and not are_half(*inputs)
+    is_asked = call.is_summed or rows is not None
+    return is_asked and not call.op.values and not are_half(*inputs)
 
 
 def slices(n: int, width: int) -> Iterator[slice]:
@@ -107,21 +130,27 @@ def _evaluate(
     call: Call,
     weight: Tensor | None,
     inputs: Inputs,
-    gradients: Gradients,
+    wanted: Sequence[bool],
     upstream: Tensor | None,
-) -> Tensor:
-    """The losses, unless there is an upstream gradient of rows; writes the gradients wanted."""
+    rows: Rows | None,
+) -> tuple[Tensor, Gradients]:
+    """The losses, unless there is an upstream gradient of rows; and the gradients wanted, of all
+    rows or of a few."""
+    if rows is not None:
+        return _of_few(call, weight, inputs, wanted, upstream, rows)
+    gradients = call.new_gradients(inputs, wanted)
     of_class = _rows_of_class(call, inputs)
+    losses = _by_block(call, weight, inputs, gradients, upstream, of_class)
     if of_class is not None:
-        others = _by_block(call, weight, inputs, gradients, upstream, of_class)
-        return others + _some(call, weight, inputs, gradients, upstream, of_class)
-    counts = _rows_that_count(call, weight, upstream)
-    if counts is not None and 2 * int(counts.sum()) < counts.numel():
-        for into in gradients:
-            if into is not None:
-                into.zero_()
-        return _some(call, weight, inputs, gradients, upstream, counts)
-    return _by_block(call, weight, inputs, gradients, upstream)
+        # In full: to take an entry of background back would leave the rounding error of what
+        # cancels.
+        rows = of_class.nonzero(as_tuple=True)
+        others, some = _of_few(call, weight, inputs, wanted, upstream, rows)
+        losses = losses + others
+        for into, gradient in zip(gradients, some, strict=True):
+            if into is not None and gradient is not None:
+                into[rows] = gradient
+    return losses, gradients
 
 
 def _rows_of_class(call: Call, inputs: Inputs) -> Tensor | None:
@@ -134,41 +163,37 @@ def _rows_of_class(call: Call, inputs: Inputs) -> Tensor | None:
     return of_class if 2 * int(of_class.sum()) < label.numel() else None
 
 
-def _rows_that_count(call: Call, weight: Tensor | None, upstream: Tensor | None) -> Tensor | None:
-    """Mask of the rows with a weight and an upstream gradient; None where all have both."""
+def _few_that_count(call: Call, weight: Tensor | None, upstream: Tensor | None) -> Rows | None:
+    """Where the rows are that have a weight and an upstream gradient, if most have not."""
     counts = None
     if call.op.skip and weight is not None:
         counts = weight.bool()
     if upstream is not None:
         asked = upstream.bool().any(-1) if call.op.values else upstream.bool()
         counts = asked if counts is None else counts & asked
-    return None if counts is None or counts.all() else counts
+    if counts is None or 2 * int(counts.sum()) >= counts.numel():
+        return None
+    return counts.nonzero(as_tuple=True)
 
 
-def _some(
+def _of_few(
     call: Call,
     weight: Tensor | None,
     inputs: Inputs,
-    gradients: Gradients,
+    wanted: Sequence[bool],
     upstream: Tensor | None,
-    mask: Tensor,
-) -> Tensor:
-    """What the rows of a mask, of which there are few, add to the losses; writes their gradients.
-
-    In full: to take an entry of background back would leave the rounding error of what cancels.
-    """
-    rows = mask.nonzero(as_tuple=True)
-    picked = [None if x is None else x[rows] for x in (weight, upstream, *inputs)]
-    some = [None if g is None else g.new_empty((len(rows[0]), *g.shape[mask.dim() :]))
-            for g in gradients]  # fmt: skip
+    rows: Rows,
+) -> tuple[Tensor, Gradients]:
+    """What a few rows add to the losses; and their gradients."""
+    weight, upstream, *picked = (
+        None if x is None else x[rows] for x in (weight, upstream, *inputs)
+    )
     part = replace(call, keep=1, rows=rows[0].shape)
-    losses = _by_block(part, picked[0], tuple(picked[2:]), some, picked[1])
+    gradients = part.new_gradients(tuple(picked), wanted)
+    losses = _by_block(part, weight, tuple(picked), gradients, upstream)
     each = losses.new_zeros((*call.rows, *losses.shape[1:]))
     each[rows] = losses
-    for into, gradient in zip(gradients, some, strict=True):
-        if into is not None and gradient is not None:
-            into[rows] = gradient
-    return each.flatten(call.keep).sum(-1) if call.is_summed else each
+    return each.flatten(call.keep).sum(-1) if call.is_summed else each, gradients
 
 
 def _by_block(

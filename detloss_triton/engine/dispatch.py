@@ -151,11 +151,21 @@ class DirectOp(Formula):
     ) -> None:
         super().__init__(reference, samples)
         self.operator = graph.as_operator(self, self._on_torch, "_on_torch") if opaque else None
+        # What a CPU runs in place of the reference.
+        self.cpu_form: Callable[[Any], Any] | None = None
 
     def triton(self, launcher: Callable[[Any], Any]) -> Callable[[Any], Any]:
         super().triton(launcher)
         self.launch = graph.as_operator(self, lambda *arguments: launcher(self.given(*arguments)))
         return launcher
+
+    def on_cpu(self, form: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Register what a CPU runs in place of the reference: a function of what is `given`.
+
+        It may look at values, which costs nothing there, or work in pieces that the caches hold.
+        """
+        self.cpu_form = form
+        return form
 
     def __call__(self, *inputs: Given, **params: Any) -> Any:
         tensors = tensors_of(inputs)
@@ -215,9 +225,7 @@ class FusedOp(FusedFormula):
             _chosen(self.name, device, known.dtypes, lambda: known.beyond, is_transformed)
             == "torch"
         ):
-            evaluator = self.cpu_form if modes.host_sees(device) else None
-            if evaluator is None:
-                return self.reference(*self.rows(inputs), **params)
+            return self.reference(*self.rows(inputs), **params)
         if is_compiling:
             if any(self.dims):
                 call, tensors = call_of(self, self.rows(inputs), params, apart, is_kept)

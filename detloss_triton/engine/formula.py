@@ -87,8 +87,6 @@ class Formula:
         self.parameters = list(inspect.signature(reference).parameters)
         self.samples = samples
         self.launcher: Callable[[Any], Any] | None = None
-        # What a CPU runs in place of the reference.
-        self.cpu_form: Any = None
         # What a graph that does not look inside takes the results' shapes from.
         self.shapes: Callable[[Any], Any] | None = None
         # Of the inputs, why a kernel cannot hold them; empty if it can.
@@ -126,14 +124,6 @@ class Formula:
         an op has no rows, the results, which it launches itself."""
         self.launcher = launcher
         return launcher
-
-    def on_cpu(self, form: Any) -> Any:
-        """Register what a CPU runs in place of the reference: a function of what is `given`.
-
-        It may look at values, which costs nothing there, or work in pieces that the caches hold.
-        """
-        self.cpu_form = form
-        return form
 
     def shaped_as(self, shapes: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """Register what makes tensors like the results of what is `given`, where the reference
@@ -286,7 +276,7 @@ class FusedFormula(Formula):
     """Losses of many tensors at once, a whole criterion's: a reference made of small ops.
 
     The launcher is not given the `number`, and answers `Passes` for all calls with tensors that are
-    laid out alike. A form for a CPU has `forward` and `backward`, as the modules beside `dispatch`.
+    laid out alike.
 
     Args:
         levels: the inputs, each a tuple of tensors, that a kernel takes level by level (or layer by

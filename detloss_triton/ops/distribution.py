@@ -55,7 +55,7 @@ def two_bin(
     Defaults w_left = 1, w_right = 0 make it the softmax cross-entropy. A row whose left bin does
     not exist costs 0; so does a right bin beyond the last.
     """
-    log_p, left = logits.log_softmax(-1), left.long()
+    log_p, left = _log_softmax(logits), left.long()
     loss = _surprisal(log_p, left)
     if weight_left is not None:
         loss = loss * weight_left
@@ -63,6 +63,13 @@ def two_bin(
         return loss
     right = (left + 1).masked_fill(left < 0, -1)
     return loss + _surprisal(log_p, right) * weight_right
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """Over the last dimension. Torch would copy a map, whose bins lie apart, to lie together."""
+    if logits.dim() > 1 and logits.stride(-1) > logits.stride(-2):
+        return logits.mT.log_softmax(-2).mT
+    return logits.log_softmax(-1)
 
 
 def _surprisal(log_p: Tensor, index: Tensor) -> Tensor:

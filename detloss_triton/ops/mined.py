@@ -23,7 +23,7 @@ from detloss_triton.engine import (
     strided,
     upstream,
 )
-from detloss_triton.precision import are_half, arithmetic_dtype, at_least_float32
+from detloss_triton.precision import arithmetic_dtype, at_least_float32
 
 from . import coding, distribution, regression, selection
 from .dense import is_object
@@ -140,14 +140,19 @@ def mined(
     (label,), (weight,), (target,) = labels, weights, targets
     dtype = arithmetic_dtype(*scores, *codes)
     by = _divisor(divisor, number, dtype)
-    # Few rows are taken: what the others cost is looked at, and not differentiated.
-    costs = [_as_background(level.detach().to(dtype)).flatten(1) for level in scores]
     n_classes = scores[0].shape[-1] - 1
-    taken = _taken(torch.cat(costs, 1), label, weight.to(dtype), n_classes, ratio) / by
     sizes = [level.shape[1:3] for level in scores]
-    levels = zip(scores, by_level(label, sizes), by_level(taken, sizes), strict=True)
-    each = [distribution.two_bin(x, of, None, None, weight=w, keep=1) for x, of, w in levels]
-    classes = torch.stack(each).sum(0)
+    of_levels = by_level(label, sizes)
+    # Few rows are taken: what the others cost is looked at, and not differentiated.
+    costs = [
+        distribution.two_bin(x.detach(), of, None, None, keep=3).flatten(1)
+        for x, of in zip(scores, of_levels, strict=True)
+    ]
+    taken = _taken(torch.cat(costs, 1), label, weight.to(dtype), n_classes, ratio) / by
+    levels = zip(scores, of_levels, by_level(taken, sizes), strict=True)
+    # One by one, as a gradient that is found with a sum would be found for all rows in a graph.
+    each = [distribution.two_bin(x, of, None, None, weight=w, keep=3) for x, of, w in levels]
+    classes = torch.cat([level.flatten(1) for level in each], 1).sum(1)
     box = torch.cat([level.flatten(1, 2) for level in codes], 1)
     sides = box_weights[0] if box_weights else _has_size(target).to(dtype).unsqueeze(-1)
     sides = sides.expand(target.shape)
@@ -202,124 +207,6 @@ def _of_boxes(
     pair = box.unsqueeze(-1), target.unsqueeze(-1)
     losses: Tensor = regression.smooth_l1(*pair, weight=sides, keep=1, beta=beta)
     return losses
-
-
-def _as_background(score: Tensor) -> Tensor:
-    """What rows (..., C + 1) cost that are background, the last class."""
-    highest = score.amax(-1)
-    total = (score - highest.unsqueeze(-1)).exp_().sum(-1)
-    return total.log() - (score[..., -1] - highest)
-
-
-@mined.on_cpu
-class _OnCpu:
-    """Image by image, whose logits are read once, where they lie, and their exponentials become the
-    gradient while the caches hold them. Autograd would gather the rows that are taken, and scatter
-    their gradients. What forward finds are the gradients of the losses' sum, for backward to scale.
-    """
-
-    @staticmethod
-    def forward(
-        call: FusedCall, weight: None, tensors: Tensors, wanted: Sequence[bool]
-    ) -> tuple[Tensor, Gradients | None]:
-        at_once = any(wanted) and not are_half(*tensors)
-        into = new_gradients(tensors, wanted if at_once else [False] * len(tensors))
-        return _evaluate(call, tensors, into, None), into if at_once else None
-
-    @staticmethod
-    def backward(
-        call: FusedCall,
-        weight: None,
-        tensors: Tensors,
-        dout: Tensor,
-        wanted: Sequence[bool],
-        found: Gradients | None,
-    ) -> Gradients:
-        half = are_half(*tensors)
-        if found is None:
-            found = new_gradients(tensors, wanted)
-            _evaluate(call, tensors, found, dout if half else None)
-        if not half and not (dout == 1).all():
-            scores, _, _, codes, *_ = call.inputs(found)
-            for gradients, scale in zip((scores, codes), dout.view(2, -1, 1, 1, 1), strict=True):
-                for gradient in gradients:
-                    if gradient is not None:
-                        gradient *= scale
-        return found
-
-
-def _evaluate(
-    call: FusedCall, tensors: Tensors, into: Gradients, upstream: Tensor | None
-) -> Tensor:
-    """The losses, and the gradients wanted, of their sum if there is no upstream gradient."""
-    scores, (labels,), (weights,), *_, divisor = call.inputs(tensors)
-    of_scores, _, _, of_codes, *_ = call.inputs(into)
-    dtype = arithmetic_dtype(*scores, *call.inputs(tensors)[3])
-    by = _divisor(divisor, call.params["number"], dtype)
-    up = upstream.to(dtype).view(2, -1) if upstream is not None else None
-    out = torch.zeros((2, len(labels)), dtype=dtype)
-    sizes = [level.shape[1:3] for level in scores]
-    n_classes = scores[0].shape[-1] - 1
-    below: list[Tensor] = []
-    for image in range(len(labels)):
-        label, weight = labels[image : image + 1], weights[image : image + 1].to(dtype)
-        index = label.clamp(0, n_classes).to(torch.int64).unsqueeze(-1)
-        columns = [x[0] for x in by_level(index, sizes)]
-        below = below or [torch.empty_like(level[0], dtype=dtype) for level in scores]
-        rows = []
-        for level, column, exp in zip(scores, columns, below, strict=True):
-            x = level[image].to(dtype)
-            # Relative to the label's, as the loss is; or where that is far below to the largest.
-            top = at_label = x.gather(-1, column)
-            total = torch.sub(x, top, out=exp).exp_().sum(-1, keepdim=True)
-            is_far = total >= _FAR
-            if is_far.any():
-                top = torch.where(is_far, x.amax(-1, keepdim=True), at_label)
-                total = torch.sub(x, top, out=exp).exp_().sum(-1, keepdim=True)
-            cost = total.log() + (top - at_label)
-            rows.append(torch.stack([total.flatten(), cost.flatten()]))
-        total, cost = torch.cat(rows, 1).unsqueeze(1)
-        taken = _taken(cost, label, weight, n_classes, call.params["ratio"]) / by
-        out[0, image] = (cost * taken).masked_fill_(taken == 0, 0).sum()
-        scale = taken if up is None else taken * up[0, image]
-        unused = total.isnan() & (taken == 0)
-        parts = (by_level(x.unsqueeze(-1), sizes) for x in (-total, scale / total, unused))
-        each = zip(of_scores, columns, below, *parts, strict=True)
-        for gradients, column, exp, minus_total, factor, without in each:
-            if gradients is not None:
-                exp.scatter_add_(-1, column, minus_total[0])
-                torch.mul(exp, factor[0], out=gradients[image])
-                if without.any():
-                    gradients[image].masked_fill_(without[0], 0)
-    losses, slopes = _of_boxes_on_cpu(call, tensors, None if up is None else up[1], by + _EPS)
-    out[1] = losses
-    for gradient, slope in zip(of_codes, by_level(slopes, sizes), strict=True):
-        if gradient is not None:
-            gradient.copy_(slope)
-    return out.view(-1)
-
-
-def _of_boxes_on_cpu(
-    call: FusedCall, tensors: Tensors, upstream: Tensor | None, by: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    """(N,) losses, and gradients by the codes (N, A, 4); few anchors have a box."""
-    *_, codes, anchors, (target,), weights, _ = call.inputs(tensors)
-    has_box = (weights[0] != 0).any(-1) if weights else _has_size(target)
-    at = has_box.nonzero(as_tuple=True)
-    box = torch.cat([level.detach().flatten(1, 2) for level in codes], 1)[at]
-    sides = weights[0][at] if weights else torch.ones_like(target[at])
-    others = tuple(x[at] for x in anchors), target[at], sides
-    names = "beta", "decode", "decode_constants"
-    with torch.enable_grad():
-        losses = _of_boxes(box.requires_grad_(), *others, *(call.params[name] for name in names))
-        losses = losses / by
-        up = torch.ones_like(losses) if upstream is None else upstream[at[0]]
-        (found,) = torch.autograd.grad(losses, box, up)
-    each = losses.new_zeros(has_box.shape)
-    each[at] = losses.detach()
-    gradients = found.new_zeros(target.shape)
-    gradients[at] = found
-    return each.sum(1), gradients
 
 
 mined.limited(distribution.two_bin.beyond)

@@ -20,6 +20,7 @@ from detloss_triton.engine import (
     Tensors,
     fused_op,
     power_of_2,
+    rows_at,
 )
 from detloss_triton.precision import arithmetic_dtype
 
@@ -112,18 +113,14 @@ def positives(
     dtype = arithmetic_dtype(*objectness, *classes, *boxes, *raw)
     index = first_set(mask[0], n=len(of_boxes[0]))
     found = index < len(mask[0])
-    index = index.masked_fill(~found, 0)
     weight = found.to(dtype)
 
-    n_anchors = max(classes[0].shape[1], 1)
-    at = index // n_anchors, index % n_anchors
-
     def rows(x: Tensor) -> Tensor:
-        # Where there is no anchor at all, one that is not found stands in.
-        if len(mask[0]) == 0:
-            x = torch.nn.functional.pad(x.flatten(0, 1), (0, 0, 0, 1)).unsqueeze(0)
+        if x.is_contiguous():
+            return rows_at(x.flatten(0, 1), index)
         # Of maps, whose rows are not together, only those that are taken are copied.
-        return x.flatten(0, 1).index_select(0, index) if x.is_contiguous() else x[at]
+        at = index.masked_fill(~found, 0)
+        return x[at // x.shape[1], at % x.shape[1]].masked_fill(~found.unsqueeze(-1), 0)
 
     def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         kept = (target >= 0).to(dtype)
@@ -135,8 +132,7 @@ def positives(
 
     op, params = row_op(box, box_constants)
     out = [
-        # Targets without an anchor have got the first, whatever it holds.
-        cross_entropy(rows(classes[0]).masked_fill(~found.unsqueeze(-1), 0), of_classes[0], weight),
+        cross_entropy(rows(classes[0]), of_classes[0], weight),
         op(rows(boxes[0]), of_boxes[0], weight=weight, **params),
         cross_entropy(objectness[0].reshape(-1, 1), of_objects[0], None),
     ]

@@ -1,0 +1,70 @@
+"""Gradients of few rows in memory that nobody writes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from detloss_triton.engine import rows_at, zeros
+
+
+@pytest.fixture(params=[0, 2**40], ids=["mapped", "torch"])
+def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zeros, "_LARGE", request.param)
+
+
+@pytest.mark.usefixtures("memory")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_zeros_are_laid_out_as_what_they_are_like(dtype: torch.dtype) -> None:
+    x = torch.rand(4, 6, 5).to(dtype)
+    for like in (x, x.mT, x[:, ::2], x[..., :1].expand(4, 6, 5), x.permute(2, 0, 1)):
+        found, expected = zeros.zeros_like(like), torch.zeros_like(like)
+        assert torch.equal(found, expected)
+        assert found.stride() == expected.stride() and found.dtype == dtype
+        found += 1  # is memory of its own
+        assert (zeros.zeros_like(like) == 0).all()
+
+
+@pytest.mark.usefixtures("memory")
+def test_rows_of_another_layout_are_put_in_their_places() -> None:
+    like = torch.rand(3, 5, 7).mT
+    index = torch.tensor([0, 2, 2]), torch.tensor([6, 0, 3])
+    rows = torch.rand(3, 5)
+    found = zeros.with_rows(like, index, rows)
+    assert found.stride() == like.stride()
+    assert torch.equal(found[index], rows)
+    assert int((found != 0).sum()) == 15
+
+
+@pytest.mark.usefixtures("memory")
+def test_rows_at_an_index() -> None:
+    """As by `index_select`; a row that does not exist is zeros, and nothing is asked of it."""
+    x = torch.rand(5, 3, dtype=torch.float64)
+    x[0] = torch.nan
+    x.requires_grad_()
+    index = torch.tensor([3, 5, 1, 5])
+    out = rows_at(x, index)
+    assert torch.equal(out[::2], x[[3, 1]]) and (out[1::2] == 0).all()
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(gradient, torch.tensor([0.0, 1, 0, 1, 0]).double()[:, None].expand(5, 3))
+
+    def chosen(x: Tensor) -> Tensor:
+        return rows_at(x, index)
+
+    leaf = torch.rand(5, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(chosen, leaf)
+    assert torch.autograd.gradgradcheck(chosen, leaf)
+    jacobian = torch.autograd.functional.jacobian(chosen, leaf)
+    assert torch.equal(torch.func.jacrev(chosen)(leaf), jacobian)
+    batched = torch.autograd.functional.jacobian(chosen, leaf, vectorize=True)
+    assert torch.equal(batched, jacobian)
+
+
+def test_rows_at_of_nothing() -> None:
+    x = torch.rand(0, 3, requires_grad=True)
+    for index in (torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64)):
+        out = rows_at(x, index)
+        assert torch.equal(out, torch.zeros(len(index), 3))
+        (gradient,) = torch.autograd.grad(out.sum(), x)
+        assert gradient.shape == (0, 3)
