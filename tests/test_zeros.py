@@ -38,21 +38,30 @@ def test_rows_of_another_layout_are_put_in_their_places() -> None:
 
 
 @pytest.mark.usefixtures("memory")
-def test_rows_at_an_index() -> None:
-    """As by `index_select`; a row that does not exist is zeros, and nothing is asked of it."""
-    x = torch.rand(5, 3, dtype=torch.float64)
-    x[0] = torch.nan
-    x.requires_grad_()
-    index = torch.tensor([3, 5, 1, 5])
+@pytest.mark.parametrize("is_map", [False, True])
+def test_rows_at_an_index(is_map: bool) -> None:
+    """As by an index; a row that does not exist is zeros, and nothing is asked of it."""
+
+    def laid_out(x: Tensor) -> Tensor:
+        return x.mT.contiguous().mT if is_map else x
+
+    index = torch.tensor([3, 10, 6, 10])
+    image, anchor = torch.tensor([0, 1]), torch.tensor([3, 1])
+    x = torch.rand(2, 5, 3, dtype=torch.float64)
+    x[0, 0] = torch.nan
+    x = laid_out(x).requires_grad_()
     out = rows_at(x, index)
-    assert torch.equal(out[::2], x[[3, 1]]) and (out[1::2] == 0).all()
+    assert torch.equal(out[::2], x[image, anchor]) and (out[1::2] == 0).all()
     (gradient,) = torch.autograd.grad(out.sum(), x)
-    assert torch.equal(gradient, torch.tensor([0.0, 1, 0, 1, 0]).double()[:, None].expand(5, 3))
+    expected = torch.zeros(2, 5, 3, dtype=torch.float64)
+    expected[image, anchor] = 1
+    assert torch.equal(gradient, expected)
+    assert gradient.stride() == x.stride()
 
     def chosen(x: Tensor) -> Tensor:
         return rows_at(x, index)
 
-    leaf = torch.rand(5, 3, dtype=torch.float64, requires_grad=True)
+    leaf = laid_out(torch.rand(2, 5, 3, dtype=torch.float64)).requires_grad_()
     assert torch.autograd.gradcheck(chosen, leaf)
     assert torch.autograd.gradgradcheck(chosen, leaf)
     jacobian = torch.autograd.functional.jacobian(chosen, leaf)
@@ -61,10 +70,11 @@ def test_rows_at_an_index() -> None:
     assert torch.equal(batched, jacobian)
 
 
-def test_rows_at_of_nothing() -> None:
-    x = torch.rand(0, 3, requires_grad=True)
+@pytest.mark.parametrize("shape", [(2, 0, 3), (0, 4, 3)])
+def test_rows_at_of_nothing(shape: tuple[int, ...]) -> None:
+    x = torch.rand(*shape, requires_grad=True)
     for index in (torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64)):
         out = rows_at(x, index)
         assert torch.equal(out, torch.zeros(len(index), 3))
         (gradient,) = torch.autograd.grad(out.sum(), x)
-        assert gradient.shape == (0, 3)
+        assert gradient.shape == shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,12 +36,14 @@ def zeros_like(x: Tensor) -> Tensor:
 def with_rows(x: Tensor, index: tuple[Tensor, ...], rows: Tensor) -> Tensor:
     """Zeros in the layout of x, but for the rows at an index."""
     into = zeros_like(x)
+    # To add to what was never written would be to read it first, which takes ten times longer.
     into[index] = rows
     return into
 
 
 def rows_at(x: Tensor, index: Tensor) -> Tensor:
-    """Rows (P, F) of x (R, F) at an index (P,), none of which twice; zeros where it is R."""
+    """Rows (P, F) of x (N, A, F) at an index (P,) into N * A, none of which twice; zeros where it
+    is N * A."""
     if x.requires_grad and backend.is_cpu(x.device) and not modes.is_transformed():
         out: Tensor = _RowsAt.apply(x, index)
         return out
@@ -48,11 +51,15 @@ def rows_at(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _rows_at(x: Tensor, index: Tensor) -> Tensor:
-    is_none = index == len(x)
     # A row stands in for what does not exist, also where there is none at all.
-    rows = x if len(x) else torch.nn.functional.pad(x, (0, 0, 0, 1))
-    found = rows.index_select(0, index.masked_fill(is_none, 0))
+    is_none = index == x.shape[0] * x.shape[1]
+    rows = x if x.shape[0] * x.shape[1] else torch.nn.functional.pad(x, (0, 0, 0, 1, 0, 1))
+    found = rows[_apart(index.masked_fill(is_none, 0), rows.shape)]
     return found.masked_fill(is_none.unsqueeze(1), 0)
+
+
+def _apart(index: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    return index // shape[1], index % shape[1]
 
 
 class _RowsAt(torch.autograd.Function):
@@ -61,28 +68,24 @@ class _RowsAt(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
-        ctx.n = len(x)
+        ctx.layout = list(x.shape), list(x.stride())
         return _rows_at(x, index)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
-        spread = _spread_batches if modes.is_transformed(dout) else _spread
-        return spread(dout, index, ctx.n), None
+        return _spread(dout, index, *ctx.layout), None
 
 
-@opaque(
-    "(Tensor x, Tensor index, SymInt n) -> Tensor", lambda x, _, n: x.new_empty((n, x.shape[1]))
-)
-def _spread(x: Tensor, index: Tensor, n: int) -> Tensor:
-    """The rows of x where an index in [0, n) says, among n of zeros."""
-    exists = index < n
-    into = zeros_like(x.new_empty((n, x.shape[1]), device="meta"))
-    # To add to what was never written would be to read it first, which takes ten times longer.
-    return into.index_copy_(0, index[exists], x[exists])
+def _like(rows: Tensor, index: Tensor, shape: list[int], strides: list[int]) -> Tensor:
+    return rows.new_empty_strided(shape, strides)
 
 
-def _spread_batches(x: Tensor, index: Tensor, n: int) -> Tensor:
-    """The same of a batch that torch hides, which nothing can be written into."""
-    exists = index < n
-    return x.new_zeros((n, x.shape[1])).index_copy(0, index[exists], x[exists])
+@opaque("(Tensor rows, Tensor index, SymInt[] shape, SymInt[] strides) -> Tensor", _like)
+def _spread(rows: Tensor, index: Tensor, shape: list[int], strides: list[int]) -> Tensor:
+    """The rows where an index says, among zeros, in a tensor that is laid out so."""
+    exists = index < shape[0] * shape[1]
+    at, rows = _apart(index[exists], shape), rows[exists]
+    if modes.is_transformed(rows):  # a batch that torch hides, which nothing can be written into
+        return rows.new_zeros(shape).index_put(at, rows)
+    return with_rows(torch.empty_strided(shape, strides, dtype=rows.dtype, device="meta"), at, rows)

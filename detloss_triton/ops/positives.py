@@ -112,15 +112,7 @@ def positives(
     """
     dtype = arithmetic_dtype(*objectness, *classes, *boxes, *raw)
     index = first_set(mask[0], n=len(of_boxes[0]))
-    found = index < len(mask[0])
-    weight = found.to(dtype)
-
-    def rows(x: Tensor) -> Tensor:
-        if x.is_contiguous():
-            return rows_at(x.flatten(0, 1), index)
-        # Of maps, whose rows are not together, only those that are taken are copied.
-        at = index.masked_fill(~found, 0)
-        return x[at // x.shape[1], at % x.shape[1]].masked_fill(~found.unsqueeze(-1), 0)
+    weight = (index < len(mask[0])).to(dtype)
 
     def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         kept = (target >= 0).to(dtype)
@@ -132,12 +124,12 @@ def positives(
 
     op, params = row_op(box, box_constants)
     out = [
-        cross_entropy(rows(classes[0]), of_classes[0], weight),
-        op(rows(boxes[0]), of_boxes[0], weight=weight, **params),
+        cross_entropy(rows_at(classes[0], index), of_classes[0], weight),
+        op(rows_at(boxes[0], index), of_boxes[0], weight=weight, **params),
         cross_entropy(objectness[0].reshape(-1, 1), of_objects[0], None),
     ]
     if raw:
-        out.append(regression.l1(rows(raw[0]), of_raw[0], weight=weight))
+        out.append(regression.l1(rows_at(raw[0], index), of_raw[0], weight=weight))
     by = divisor[0].to(dtype) if divisor else number
     return torch.stack([x * factor for x, factor in zip(out, factors, strict=True)]) / by
 
