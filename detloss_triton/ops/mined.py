@@ -154,9 +154,19 @@ def mined(
     each = [distribution.two_bin(x, of, None, None, weight=w, keep=3) for x, of, w in levels]
     classes = torch.cat([level.flatten(1) for level in each], 1).sum(1)
     box = torch.cat([level.flatten(1, 2) for level in codes], 1)
-    sides = box_weights[0] if box_weights else _has_size(target).to(dtype).unsqueeze(-1)
-    sides = sides.expand(target.shape)
-    of_boxes = _of_boxes(box, anchors, target, sides, beta, decode, decode_constants)
+    if decode == "targets":
+        has_size = _has_size(target)
+        # An anchor stands in for its target of no size, whose logarithm takes 30 times as long.
+        target = target.where(has_size.unsqueeze(-1), anchors[0].to(target.dtype))
+        pair = at_least_float32(anchors[0]), at_least_float32(target)
+        target = coding.delta_encode(*pair, decode_constants[:4], decode_constants[4:])
+        of_boxes = regression.smooth_l1(box, target, weight=has_size.to(dtype), keep=1, beta=beta)
+    else:
+        (sides,) = box_weights
+        if decode:
+            box = _decoded(box, anchors[0], sides, decode_constants)
+        pair = box.unsqueeze(-1), target.unsqueeze(-1)
+        of_boxes = regression.smooth_l1(*pair, weight=sides, keep=1, beta=beta)
     return torch.cat([classes, of_boxes / (by + _EPS)])
 
 
@@ -181,32 +191,17 @@ def _has_size(box: Tensor) -> Tensor:
     return (x2 > x1) & (y2 > y1)
 
 
-def _of_boxes(
-    box: Tensor,
-    anchors: tuple[Tensor, ...],
-    target: Tensor,
-    sides: Tensor,
-    beta: float,
-    decode: str,
-    decode_constants: Sequence[float],
-) -> Tensor:
-    """(N,) losses of boxes (N, ..., 4) or of codes, by sides of their own weights."""
-    if decode == "targets":
-        pair = at_least_float32(anchors[0]), at_least_float32(target)
-        target = coding.delta_encode(*pair, decode_constants[:4], decode_constants[4:])
-    elif decode:
-        box = coding.delta_decode(
-            box,
-            anchors[0],
-            weight=(sides != 0).any(-1),
-            means=tuple(decode_constants[:4]),
-            stds=tuple(decode_constants[4:8]),
-            limit=decode_constants[8],
-            max_shift=decode_constants[9],
-        )
-    pair = box.unsqueeze(-1), target.unsqueeze(-1)
-    losses: Tensor = regression.smooth_l1(*pair, weight=sides, keep=1, beta=beta)
-    return losses
+def _decoded(codes: Tensor, anchors: Tensor, sides: Tensor, constants: Sequence[float]) -> Tensor:
+    boxes: Tensor = coding.delta_decode(
+        codes,
+        anchors,
+        weight=(sides != 0).any(-1),
+        means=tuple(constants[:4]),
+        stds=tuple(constants[4:8]),
+        limit=constants[8],
+        max_shift=constants[9],
+    )
+    return boxes
 
 
 mined.limited(distribution.two_bin.beyond)
