@@ -82,12 +82,23 @@ def backward(
         upstream = dout if call.op.values else dout[summed].expand(call.rows)
         rows = _few_that_count(call, weight, upstream)
         _, gradients = _evaluate(call, weight, inputs, wanted, upstream, rows)
-    if rows is None:
-        return gradients
-    return [
-        None if x is None or gradient is None else zeros.with_rows(x, rows, gradient)
+    return gradients if rows is None else _spread(inputs, rows, gradients)
+
+
+def _spread(inputs: Inputs, rows: Rows, gradients: Gradients) -> Gradients:
+    """Gradients by all rows, of those by a few."""
+    spread: Gradients = [
+        None if x is None or gradient is None else zeros.zeros_like(x)
         for x, gradient in zip(inputs, gradients, strict=True)
     ]
+    _write(spread, rows, gradients)
+    return spread
+
+
+def _write(into: Gradients, rows: Rows, gradients: Gradients) -> None:
+    for x, gradient in zip(into, gradients, strict=True):
+        if x is not None and gradient is not None:
+            x[rows] = gradient
 
 
 def found_in_forward(call: Call, inputs: Inputs, rows: Rows | None = None) -> bool:
@@ -147,9 +158,7 @@ def _evaluate(
         rows = of_class.nonzero(as_tuple=True)
         others, some = _of_few(call, weight, inputs, wanted, upstream, rows)
         losses = losses + others
-        for into, gradient in zip(gradients, some, strict=True):
-            if into is not None and gradient is not None:
-                into[rows] = gradient
+        _write(gradients, rows, some)
     return losses, gradients
 
 
