@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from detloss_triton.engine import rows_at
 from detloss_triton.losses import CrossEntropyLoss, IoULoss, L1Loss
 from detloss_triton.ops.positives import positives
 from detloss_triton.ops.selection import first_set
@@ -171,17 +172,16 @@ class YOLOXCriterion(nn.Module):
             return dict(zip(names, losses, strict=False))
         index = first_set(pos_masks, n=n_positive)
         found = index < n_rows
-        index = index.masked_fill(~found, 0)
-        classes = _rows(flatten_cls_preds, index)
+        classes = rows_at(flatten_cls_preds, index)
         loss = {
             "loss_cls": _of_found(self.loss_cls, classes, cls_targets, found),
             "loss_bbox": _of_found(
-                self.loss_bbox, _rows(flatten_bboxes, index), bbox_targets, found
+                self.loss_bbox, rows_at(flatten_bboxes, index), bbox_targets, found
             ),
             "loss_obj": self.loss_obj(flatten_objectness.reshape(-1, 1), obj_targets),
         }
         if self.use_l1:
-            raw = _rows(flatten_bbox_preds, index)
+            raw = rows_at(flatten_bbox_preds, index)
             loss["loss_l1"] = _of_found(self.loss_l1, raw, l1_targets, found)
         return {name: value / norm for name, value in loss.items()}
 
@@ -222,11 +222,6 @@ class YOLOXCriterion(nn.Module):
 
 def _summed_bce() -> CrossEntropyLoss:
     return CrossEntropyLoss(use_sigmoid=True, reduction="sum")
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """Some anchors (P, features) of (N, A, features)."""
-    return x.flatten(0, 1).index_select(0, index)
 
 
 def _of_found(module: nn.Module, pred: Tensor, target: Tensor, found: Tensor) -> Tensor:

@@ -62,9 +62,9 @@ def rows_at(x: Tensor, index: Tensor) -> Tensor:
 
 def _rows_at(x: Tensor, index: Tensor) -> Tensor:
     # Of maps, whose rows are not together, only those that are taken are copied.
-    return (
-        x.flatten(0, 1).index_select(0, index) if x.is_contiguous() else x[_apart(index, x.shape)]
-    )
+    if x.is_contiguous():
+        return x.flatten(0, 1).index_select(0, index)
+    return x[_apart(index, x.shape)]
 
 
 def _apart(index: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -83,14 +83,14 @@ class _RowsAt(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
         index, is_none = ctx.saved_tensors
-        return _spread(dout, index, is_none, *ctx.layout), None, None
+        return _among_zeros(dout, index, is_none, *ctx.layout), None, None
 
 
 @opaque(
     "(Tensor rows, Tensor index, Tensor is_none, SymInt[] shape, SymInt[] strides) -> Tensor",
     lambda rows, _, __, shape, strides: rows.new_empty_strided(shape, strides),
 )
-def _spread(
+def _among_zeros(
     rows: Tensor, index: Tensor, is_none: Tensor, shape: Sequence[int], strides: Sequence[int]
 ) -> Tensor:
     """Those rows that are some, among zeros of a shape, each where its index says."""

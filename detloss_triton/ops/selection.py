@@ -78,8 +78,10 @@ def hardest(hardness: Tensor, k: Tensor) -> Tensor:
 
 @hardest.on_cpu
 def _(given: Any) -> Tensor:
-    """By a threshold, the least of the k largest, in a fifth of the time of a sort. With that SSD's
-    step would take longer than OTX's."""
+    """By a threshold, the least of the k largest, in a fifth of the time of a sort.
+
+    With a sort SSD's step would take a tenth longer.
+    """
     hardness, n = given.hardness, given.hardness.shape[1]
     k = given.k.clamp(max=n)
     least = [
